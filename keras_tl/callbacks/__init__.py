@@ -1,0 +1,5 @@
+"""Callbacks of keras_tl."""
+
+from keras_tl.callbacks.unfreeze_at_convergence import Transition, UnfreezeAtConvergence
+
+__all__ = ["Transition", "UnfreezeAtConvergence"]

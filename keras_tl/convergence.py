@@ -1,0 +1,112 @@
+"""Has a series of numbers converged? `keras.callbacks.EarlyStopping`'s answer, without Keras."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class ConvergenceMonitor:
+    """Says when a monitored value has not improved for `patience` epochs.
+
+    For any series of values it answers at the epoch at which `keras.callbacks.EarlyStopping` with
+    the same arguments would stop; like it, it compares in the precision of the backend's floats. A
+    custom training loop can use it directly.
+
+    Args:
+        mode: `"min"` or `"max"`. Whether the value improves by falling or by rising. Defaults to
+            `"min"`.
+        min_delta: Float. Smallest change that counts as an improvement; its sign is ignored.
+            Defaults to `0.0`.
+        patience: Int, at least 0. Number of epochs without improvement after which the series has
+            converged. Defaults to `3`.
+        start_from_epoch: Int. Values of earlier epochs are ignored. Defaults to `0`.
+        dtype: String, the float type to compare in. Defaults to `"float32"`, the default of
+            `keras.config.floatx()`.
+
+    Attributes:
+        best: The best value so far, or None.
+        best_epoch: Its epoch, or None.
+        wait: Number of epochs since then.
+
+    Raises:
+        ValueError: If `mode` is unknown, or `patience` or `start_from_epoch` is not an int of at
+            least 0.
+
+    Example:
+
+    >>> monitor = ConvergenceMonitor(patience=2)
+    >>> [monitor.update(epoch, loss) for epoch, loss in enumerate([0.9, 0.5, 0.6, 0.7])]
+    [False, False, False, True]
+    >>> monitor.best_epoch
+    1
+    """
+
+    def __init__(
+        self,
+        *,
+        mode: str = "min",
+        min_delta: float = 0.0,
+        patience: int = 3,
+        start_from_epoch: int = 0,
+        dtype: str = "float32",
+    ):
+        if mode not in ("min", "max"):
+            raise ValueError(f'`mode` must be "min" or "max". Received: mode={mode!r}.')
+        check_count("patience", patience)
+        check_count("start_from_epoch", start_from_epoch)
+        check_min_delta(min_delta)
+        self.mode = mode
+        self.min_delta = abs(min_delta)
+        self.patience = patience
+        self.start_from_epoch = start_from_epoch
+        self.dtype = np.dtype(dtype)
+        self.best: float | None = None
+        self.best_epoch: int | None = None
+        self.wait = 0
+
+    def update(self, epoch: int, value: float) -> bool:
+        """Takes the value of an epoch in.
+
+        Args:
+            epoch: Int. The epoch, counted from 0.
+            value: Float. The monitored value at its end; may be NaN or infinite.
+
+        Returns:
+            Bool. Whether the series has converged.
+        """
+        if epoch < self.start_from_epoch:
+            return False
+        if self._improves(value):
+            self.best = value
+            self.best_epoch = epoch
+            self.wait = 0
+            return False
+        self.wait += 1
+        return self.wait >= self.patience
+
+    def _improves(self, value: float) -> bool:
+        if self.best is None:
+            return True
+        with np.errstate(over="ignore"):
+            best = self.dtype.type(self.best)
+            if self.mode == "min":
+                return bool(self.dtype.type(value + self.min_delta) < best)
+            return bool(self.dtype.type(value - self.min_delta) > best)
+
+
+def check_count(name: str, value: int, at_least: int = 0) -> None:
+    """Raises a ValueError unless `value` is an int of at least `at_least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
+        raise ValueError(
+            f"`{name}` must be an int of at least {at_least}. Received: {name}={value!r}."
+        )
+
+
+def check_min_delta(value: float) -> None:
+    """Raises a ValueError unless `value` is a finite number."""
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, (int, float, np.number))
+        or not np.isfinite(value)
+    ):
+        raise ValueError(f"`min_delta` must be a finite number. Received: min_delta={value!r}.")

@@ -1,0 +1,275 @@
+"""A layer that keeps a pretrained backbone frozen, and in inference mode when it no longer is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_tl import freezing, internals
+from keras_tl.freezing import TrainableFlags
+from keras_tl.selecting import Selection, batchnorm_layers, no_such_layer
+
+_INFERENCE_MODES = ("always", "batchnorm")
+
+
+@keras.saving.register_keras_serializable(package="keras_tl")
+class FrozenBackbone(keras.layers.Layer):
+    """Wraps a pretrained backbone so that its BatchNormalization statistics never move.
+
+    The backbone starts frozen. It is always called in inference mode, also after `unfreeze`, which
+    a `training=False` written into a Functional model does not achieve in Keras 3: `fit` overrides
+    it. The layers around the wrapper notice nothing: Dropout in the head is active in `fit` as
+    ever.
+
+    While nothing in it is trainable, its output carries `stop_gradient`. Layers placed *before* a
+    backbone that is wholly frozen therefore get no gradient.
+
+    Args:
+        backbone: A Keras layer or model (Functional, Sequential, subclassed), of which the wrapper
+            takes the dtype policy. It is frozen at once.
+        output_layers: A layer's name or a list of names. The outputs of these layers are returned
+            instead of the backbone's own (a list gives a list), and layers that do not lead to them
+            are left out. Only for Functional and Sequential backbones. Defaults to `None`.
+        inference_mode: `"always"` calls all of the backbone with `training=False`. `"batchnorm"`
+            keeps only BatchNormalization layers in inference mode, and the rest (Dropout,
+            stochastic depth) follows `training` once something is unfrozen. Moving statistics are
+            constant in both. Defaults to `"always"`.
+        name: String. The layer's name.
+        **layer_kwargs: Arguments of `keras.layers.Layer`. `trainable=True` unfreezes all of the
+            backbone, BatchNormalization included, as setting `trainable` does.
+
+    Input shape:
+        As the backbone's.
+
+    Output shape:
+        As the backbone's, or those of `output_layers`.
+
+    Raises:
+        ValueError: If `backbone` is not a Keras layer, `inference_mode` is unknown, or
+            `output_layers` names a layer that the backbone does not have or that is not in its
+            graph.
+
+    Example:
+
+    >>> backbone = keras.applications.MobileNetV2((96, 96, 3), include_top=False, weights=None)
+    >>> inputs = keras.Input((96, 96, 3))
+    >>> x = FrozenBackbone(backbone)(inputs)
+    >>> x = keras.layers.GlobalAveragePooling2D()(x)
+    >>> model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    >>> [weight.name for weight in model.trainable_weights]
+    ['kernel', 'bias']
+
+    References:
+
+    - [Transfer learning and fine-tuning](https://keras.io/guides/transfer_learning/)
+    """
+
+    def __init__(
+        self,
+        backbone: keras.Layer,
+        *,
+        output_layers: str | Sequence[str] | None = None,
+        inference_mode: str = "always",
+        name: str | None = None,
+        **layer_kwargs: Any,
+    ):
+        if not isinstance(backbone, keras.Layer):
+            raise ValueError(
+                f"`backbone` must be a Keras layer or model. Received: backbone={backbone!r} "
+                f"(of type {type(backbone).__name__})."
+            )
+        if inference_mode not in _INFERENCE_MODES:
+            raise ValueError(
+                f"`inference_mode` must be one of {_INFERENCE_MODES}. Received: {inference_mode!r}."
+            )
+        trainable = layer_kwargs.pop("trainable", False)
+        layer_kwargs.setdefault("dtype", backbone.dtype_policy)
+        # The backbone casts its inputs itself, if at all: a cast here could only lose bits.
+        super().__init__(name=name, trainable=False, autocast=False, **layer_kwargs)
+        if output_layers is not None:
+            backbone = _truncate(backbone, output_layers)
+        self.backbone = backbone
+        self.output_layers = (
+            output_layers if isinstance(output_layers, (str, type(None))) else list(output_layers)
+        )
+        self.inference_mode = inference_mode
+        self.supports_masking = True
+        self._hand_frozen = tuple(freezing.hand_frozen_weights(backbone))
+        self._flags_when_built: TrainableFlags | None = None
+        self._batchnorm_in_inference = internals.HeldInInference(batchnorm_layers(backbone))
+        freezing.freeze(backbone)
+        if trainable:
+            self.trainable = True
+
+    def build(self, input_shape: Any) -> None:
+        if not self.backbone.built:
+            inputs = keras.tree.map_shape_structure(keras.KerasTensor, input_shape)
+            self.backbone(inputs, training=False)
+        self._batchnorm_in_inference = internals.HeldInInference(batchnorm_layers(self.backbone))
+        if self._flags_when_built is not None:
+            freezing.set_trainable_flags(self.backbone, self._flags_when_built)
+            self._flags_when_built = None
+        elif not self.trainable:
+            # Layers that the backbone made in its own `build` are trainable until now.
+            freezing.freeze(self.backbone)
+
+    def call(self, inputs: Any, training: bool | None = None) -> Any:
+        frozen = not self.trainable_weights
+        if frozen or self.inference_mode == "always":
+            training = False
+        with internals.call_context_kept(), self._batchnorm_in_inference:
+            outputs = self.backbone(inputs, training=training)
+        if frozen:
+            outputs = keras.tree.map_structure(internals.stop_gradient, outputs)
+        return outputs
+
+    def compute_output_shape(self, input_shape: Any) -> Any:
+        return self.backbone.compute_output_shape(input_shape)
+
+    def compute_output_spec(self, inputs: Any, training: bool | None = None) -> Any:
+        return self.backbone.compute_output_spec(inputs)
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
+        """Returns None: the outputs carry the masks that the backbone gave them, or none."""
+
+    @property
+    def input_shape(self) -> Any:
+        """The backbone's input shape, if it has one: `keras.Sequential` reads it to build."""
+        return self.backbone.input_shape
+
+    @property
+    def hand_frozen(self) -> list[keras.Variable]:
+        """The weights that were frozen one by one before they were wrapped: they stay so."""
+        weights = self.backbone.weights
+        return [weights[index] for index in self._hand_frozen]
+
+    def unfreeze(
+        self, layers: Selection = "all", *, train_batchnorm: bool = False
+    ) -> list[keras.Layer]:
+        """Makes the selected layers of the backbone trainable.
+
+        Takes effect in a running `fit` only through `UnfreezeAtConvergence`; outside `fit`, compile
+        the model again. Weights that were never trainable stay so, and so do kernels that LoRA has
+        frozen.
+
+        Args:
+            layers: Which layers. `"all"`; an int n, the n layers nearest the output that have
+                weights to train; a regular expression that must match a layer's whole name (nested
+                layers are named `outer/inner`); a list of such names; or a function from a layer to
+                a bool. A selected layer brings the layers in it.
+            train_batchnorm: Bool. Whether selected BatchNormalization layers train their gamma and
+                beta. Their moving statistics stay constant either way.
+
+        Returns:
+            The list of layers that became trainable, from input to output.
+
+        Raises:
+            ValueError: If `layers` selects nothing that could be trained. The message lists the
+                closest names.
+
+        Example:
+
+        >>> backbone = FrozenBackbone(keras.applications.MobileNetV2(weights=None))
+        >>> [layer.name for layer in backbone.unfreeze("Conv_1")]
+        ['Conv_1']
+        """
+        unfrozen = freezing.unfreeze(
+            self.backbone, layers, train_batchnorm=train_batchnorm, keep_frozen=self.hand_frozen
+        )
+        internals.set_layer_flag(self, True)
+        return unfrozen
+
+    def freeze(self, layers: Selection = "all") -> None:
+        """Makes the selected layers of the backbone not trainable.
+
+        Takes effect when the model is compiled again.
+
+        Args:
+            layers: Which layers; see `unfreeze`.
+
+        Raises:
+            ValueError: If `layers` selects nothing. The message lists the closest names.
+
+        Example:
+
+        >>> backbone = FrozenBackbone(keras.applications.MobileNetV2(weights=None))
+        >>> _ = backbone.unfreeze()
+        >>> backbone.freeze("block_1_.*")
+        """
+        freezing.freeze(self.backbone, layers)
+        internals.set_layer_flag(self, bool(self.trainable_weights))
+
+    def get_config(self) -> dict[str, Any]:
+        config = super().get_config()
+        config.pop("trainable")
+        config.update(
+            backbone=keras.saving.serialize_keras_object(self.backbone),
+            output_layers=self.output_layers,
+            inference_mode=self.inference_mode,
+            hand_frozen=list(self._hand_frozen),
+            trainable_flags=None,
+        )
+        if self.trainable_weights:
+            config["trainable_flags"] = dataclasses.asdict(
+                freezing.get_trainable_flags(self.backbone)
+            )
+        return config
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> FrozenBackbone:
+        config = dict(config)
+        flags = config.pop("trainable_flags", None)
+        hand_frozen = config.pop("hand_frozen", ())
+        backbone = config.pop("backbone")
+        if not isinstance(backbone, keras.Layer):
+            backbone = keras.saving.deserialize_keras_object(
+                backbone, custom_objects=custom_objects
+            )
+        layer = cls(backbone, **config)
+        layer._hand_frozen = tuple(hand_frozen)
+        if flags is not None:
+            layer._restore_flags(TrainableFlags(**flags))
+        return layer
+
+    def _restore_flags(self, flags: TrainableFlags) -> None:
+        internals.set_layer_flag(self, True)
+        if self.backbone.built:
+            freezing.set_trainable_flags(self.backbone, flags)
+        else:
+            self._flags_when_built = flags
+
+
+def _truncate(backbone: keras.Layer, output_layers: str | Sequence[str]) -> keras.Model:
+    """Returns a model of the same layers that ends at the named ones."""
+    names = [output_layers] if isinstance(output_layers, str) else list(output_layers)
+    if not getattr(backbone, "inputs", None):
+        raise ValueError(
+            f"`output_layers={output_layers!r}` needs a Functional or a built Sequential backbone, "
+            f'whose layers have outputs. Received "{backbone.name}" of type '
+            f"{type(backbone).__name__}. Have its `call` return the features instead."
+        )
+    if not names:
+        raise ValueError("`output_layers=[]` names no layer. Pass one name, a list, or None.")
+    tensors = [_output_of(backbone, name) for name in names]
+    outputs = tensors[0] if isinstance(output_layers, str) else tensors
+    return keras.Model(backbone.input, outputs, name=backbone.name)
+
+
+def _output_of(backbone: keras.Model, name: str) -> Any:
+    if name not in [layer.name for layer in backbone.layers]:
+        raise ValueError(
+            f"{no_such_layer(backbone, name, 'output_layers')} Pass the name of a layer that is "
+            "directly in the backbone, or a list of such names."
+        )
+    try:
+        return backbone.get_layer(name).output
+    except AttributeError as error:
+        raise ValueError(
+            f'`output_layers="{name}"` has no one output: the backbone "{backbone.name}" calls '
+            "that layer more than once. Name a layer that is called once."
+        ) from error

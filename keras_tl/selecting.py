@@ -1,0 +1,203 @@
+"""Naming layers of a backbone: the selections that `FrozenBackbone.unfreeze` takes.
+
+A backbone is any Keras layer or model, or a list of layers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeAlias
+
+import keras
+
+from keras_tl import internals
+
+Backbone: TypeAlias = keras.Layer | Sequence[keras.Layer]
+Selection: TypeAlias = str | int | re.Pattern | Sequence[str] | Callable[[keras.Layer], bool]
+
+ALLOWED = (
+    'Pass "all", an int, a regular expression for whole layer names, a list of names, or a '
+    "function from a layer to a bool."
+)
+
+
+def flatten_layers(backbone: Backbone) -> list[keras.Layer]:
+    """Returns the layers at every depth, containers before what is in them, each layer once."""
+    found: dict[int, keras.Layer] = {}
+
+    def visit(layer: keras.Layer) -> None:
+        if id(layer) not in found:
+            found[id(layer)] = layer
+            for sublayer in internals.sublayers(layer):
+                visit(sublayer)
+
+    for layer in _roots(backbone):
+        visit(layer)
+    return list(found.values())
+
+
+def named_layers(backbone: Backbone) -> list[tuple[str, keras.Layer]]:
+    """Returns pairs of a layer's name in the backbone and the layer, from input to output.
+
+    Args:
+        backbone: A layer, a model, or a list of layers.
+
+    Returns:
+        A list of `(name, layer)`. Nested layers are named `outer/inner`. The backbone itself is in
+        it only if it has no sublayers, or is one of a list.
+
+    Example:
+
+    >>> backbone = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="features")])
+    >>> [name for name, _ in named_layers(backbone)]
+    ['features']
+    """
+    named = []
+
+    def visit(layer: keras.Layer, prefix: str) -> None:
+        if not isinstance(layer, keras.layers.InputLayer):
+            named.append((prefix + layer.name, layer))
+            for sublayer in internals.sublayers(layer):
+                visit(sublayer, f"{prefix}{layer.name}/")
+
+    for layer in _top(backbone):
+        visit(layer, "")
+    return named
+
+
+def layer_units(backbone: Backbone) -> list[keras.Layer]:
+    """Returns the layers as a user counts them, from input to output.
+
+    Models are opened; a layer that is made of layers (LSTM, attention, a block) is one.
+    """
+
+    def visit(layer: keras.Layer) -> list[keras.Layer]:
+        if not isinstance(layer, keras.Model):
+            return [layer]
+        return [unit for sublayer in internals.sublayers(layer) for unit in visit(sublayer)]
+
+    return _unique(unit for layer in _top(backbone) for unit in visit(layer))
+
+
+def select_layers(
+    backbone: Backbone, layers: Selection = "all", *, count_batchnorm: bool = False
+) -> list[keras.Layer]:
+    """Returns the layers of the backbone that a selection names.
+
+    Args:
+        backbone: A layer, a model, or a list of layers.
+        layers: Which layers. `"all"`; an int n, the n layers nearest the output that have weights
+            to train; a regular expression that must match a layer's whole name (nested layers are
+            named `outer/inner`); a list of such names; or a function from a layer to a bool.
+            A selected layer brings the layers in it.
+        count_batchnorm: Bool. Whether an int n counts BatchNormalization layers.
+
+    Returns:
+        The selected layers, without those that they bring, from input to output.
+
+    Raises:
+        ValueError: If `layers` is none of these or selects nothing. The message lists the closest
+            names.
+
+    Example:
+
+    >>> layers = [keras.layers.Dense(3, name="a"), keras.layers.Dense(2, name="b")]
+    >>> backbone = keras.Sequential([keras.Input((4,)), *layers])
+    >>> [layer.name for layer in select_layers(backbone, 1)]
+    ['b']
+    """
+    if isinstance(layers, str) and layers == "all":
+        selected = _roots(backbone)
+    elif isinstance(layers, int) and not isinstance(layers, bool):
+        selected = _nearest_output(backbone, layers, count_batchnorm)
+    elif isinstance(layers, (str, re.Pattern)):
+        selected = _matching(backbone, layers)
+    elif isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers):
+        selected = _named(backbone, layers)
+    elif callable(layers):
+        selected = [layer for _, layer in named_layers(backbone) if layers(layer)]
+    else:
+        raise ValueError(f"`layers={layers!r}` is not a selection of layers. {ALLOWED}")
+    if not selected:
+        raise ValueError(
+            f"`layers={layers!r}` selects no layer of the backbone {describe(backbone)}. {ALLOWED}"
+        )
+    return _unique(selected)
+
+
+def is_batchnorm(layer: keras.Layer) -> bool:
+    """Whether the layer keeps moving statistics of batches."""
+    return isinstance(layer, keras.layers.BatchNormalization)
+
+
+def batchnorm_layers(backbone: Backbone) -> list[keras.Layer]:
+    """Returns the BatchNormalization layers in the backbone, at every depth."""
+    return [layer for layer in flatten_layers(backbone) if is_batchnorm(layer)]
+
+
+def describe(backbone: Backbone) -> str:
+    """Returns the backbone's name for a message."""
+    return ", ".join(f'"{layer.name}"' for layer in _roots(backbone))
+
+
+def no_such_layer(backbone: Backbone, asked: str, argument: str = "layers") -> str:
+    """Returns the start of an error message, with the names that may have been meant."""
+    names = [name for name, _ in named_layers(backbone)]
+    close = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
+    hint = " Did you mean " + ", ".join(f'"{name}"' for name in close) + "?" if close else ""
+    return f'`{argument}="{asked}"` matches no layer of the backbone {describe(backbone)}.{hint}'
+
+
+def _roots(backbone: Backbone) -> list[keras.Layer]:
+    return [backbone] if isinstance(backbone, keras.Layer) else list(backbone)
+
+
+def _top(backbone: Backbone) -> list[keras.Layer]:
+    """The layers that names start at: those directly in a backbone, which itself is no choice."""
+    if isinstance(backbone, keras.Layer) and internals.sublayers(backbone):
+        return internals.sublayers(backbone)
+    return _roots(backbone)
+
+
+def _unique(layers: Iterable[keras.Layer]) -> list[keras.Layer]:
+    return list({id(layer): layer for layer in layers}.values())
+
+
+def _nearest_output(backbone: Backbone, n: int, count_batchnorm: bool) -> list[keras.Layer]:
+    if n < 1:
+        raise ValueError(
+            f"`layers={n}` must be at least 1, the layer nearest the output. {ALLOWED}"
+        )
+
+    def has_weights(unit: keras.Layer) -> bool:
+        return any(
+            internals.own_trainable_weights(layer)
+            for layer in flatten_layers(unit)
+            if count_batchnorm or not is_batchnorm(layer)
+        )
+
+    return [unit for unit in layer_units(backbone) if has_weights(unit)][-n:]
+
+
+def _matching(backbone: Backbone, pattern: str | re.Pattern) -> list[keras.Layer]:
+    try:
+        compiled = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"`layers={pattern!r}` is not a regular expression: {error}. {ALLOWED}"
+        ) from error
+    selected = [layer for name, layer in named_layers(backbone) if compiled.fullmatch(name)]
+    if not selected:
+        raise ValueError(f"{no_such_layer(backbone, compiled.pattern)} {ALLOWED}")
+    return selected
+
+
+def _named(backbone: Backbone, names: Sequence[str]) -> list[keras.Layer]:
+    named = named_layers(backbone)
+    known = {name for name, _ in named}
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{no_such_layer(backbone, name)} {ALLOWED}")
+    return [layer for name, layer in named if name in names]

@@ -1,0 +1,67 @@
+"""Settings and builders that all tests share."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+
+import hypothesis
+import keras
+import numpy as np
+import pytest
+
+hypothesis.settings.register_profile(
+    "keras_tl",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.load_profile("keras_tl")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    keras.utils.set_random_seed(0)
+
+
+def as_bytes(weights):
+    """The exact contents of the weights."""
+    return [(w.path, np.asarray(keras.ops.convert_to_numpy(w)).tobytes()) for w in weights]
+
+
+def values_of(model):
+    """The exact contents of a model, whatever its layers are called."""
+    return [np.asarray(keras.ops.convert_to_numpy(w)).tobytes() for w in model.weights]
+
+
+def regression_data(samples=16, features=4, seed=0):
+    """Inputs and targets of a small regression."""
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(samples, features)).astype("float32")
+    y = (x[:, :1] * x[:, 1:2] + 0.1 * random.normal(size=(samples, 1))).astype("float32")
+    return x, y
+
+
+class Recorder(keras.callbacks.Callback):
+    """Calls a function at each epoch's end and keeps what it returns."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+        self.records = []
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.records.append(self.function(self.model))
+
+
+class Scripted(keras.callbacks.Callback):
+    """Writes given values into the logs, as if they had been measured."""
+
+    def __init__(self, name, values):
+        super().__init__()
+        self.name = name
+        self.values = values
+
+    def on_epoch_end(self, epoch, logs=None):
+        logs[self.name] = self.values[epoch]
