@@ -14,6 +14,7 @@ from keras_tl.selecting import (
     batchnorm_layers,
     describe,
     flatten_layers,
+    is_built,
 )
 
 
@@ -21,13 +22,13 @@ class Backbones:
     """The backbones of a model that are unfrozen together, and which of their layers.
 
     Args:
-        model: A built model.
+        model: A model. One that is not built has no selection yet.
         backbone: A layer, model or list of layers of that model. None means each `FrozenBackbone`.
         layers: Which layers of each are to be unfrozen; see `selecting.select_layers`.
         train_batchnorm: Bool. Whether BatchNormalization layers train their gamma and beta.
 
     Raises:
-        ValueError: If there is no such backbone in the model, or `layers` selects nothing in any.
+        ValueError: If there is no such backbone in the model.
     """
 
     def __init__(
@@ -56,7 +57,6 @@ class Backbones:
                 "update their moving statistics. Wrap it in keras_tl.FrozenBackbone, or leave "
                 "`train_batchnorm` out."
             )
-        self._selecting = self._targets_with_selection()
 
     @property
     def names(self) -> str:
@@ -67,7 +67,7 @@ class Backbones:
         """Returns the weights that `unfreeze` would make trainable and that are frozen now."""
         return [
             weight
-            for target in self._selecting
+            for target in self._selecting()
             for weight in freezing.would_unfreeze(
                 _unwrapped(target),
                 self._layers,
@@ -90,14 +90,18 @@ class Backbones:
     def unfreeze(self) -> list[keras.Layer]:
         """Unfreezes the selected layers. Returns those that became trainable, input to output."""
         unfrozen = []
-        for target in self._selecting:
+        for target in self._selecting():
             if isinstance(target, FrozenBackbone):
                 unfrozen += target.unfreeze(self._layers, train_batchnorm=self._train_batchnorm)
             else:
                 unfrozen += freezing.unfreeze(target, self._layers)
         return unfrozen
 
-    def _targets_with_selection(self) -> list[Backbone]:
+    def check_selection(self) -> None:
+        """Raises a ValueError if `layers` selects nothing in any backbone."""
+        self._selecting()
+
+    def _selecting(self) -> list[Backbone]:
         """The backbones in which `layers` selects something: it need not in every one."""
         targets: list[Backbone] = [*self.wrapped]
         if self.plain:
@@ -146,6 +150,8 @@ def _given(
         )
     wrapper_of = {id(wrapper.backbone): wrapper for wrapper in wrappers}
     given = [wrapper_of.get(id(layer), layer) for layer in given]
+    if not is_built(model):
+        return given
     known = {id(weight) for weight in model.weights}
     for layer in given:
         if not layer.weights or not all(id(weight) in known for weight in layer.weights):

@@ -52,6 +52,17 @@ def set_weight_flag(weight: keras.Variable, value: bool) -> None:
         weight.value._trainable = True
 
 
+def outputs_in_graph(model: keras.Model, layer: keras.Layer) -> list[Any]:
+    """Returns what the layer returns each time the graph of a Functional or Sequential calls it.
+
+    `layer.output` is that of its first call, which may be in the graph of another model.
+    """
+    graph = getattr(model, "_functional", model)
+    nodes = [node for depth in graph._nodes_by_depth.values() for node in depth]
+    calls = [node.outputs for node in nodes if node.operation is layer]
+    return [outputs[0] if len(outputs) == 1 else outputs for outputs in calls]
+
+
 @contextlib.contextmanager
 def call_context_kept() -> Iterator[None]:
     """Puts back the `training` value that the layers called after this one are to see.

@@ -127,6 +127,11 @@ def select_layers(
     return _unique(selected)
 
 
+def is_built(backbone: Backbone) -> bool:
+    """Whether all layers have made their weights, which a subclassed model does when called."""
+    return all(layer.built for layer in flatten_layers(backbone))
+
+
 def is_batchnorm(layer: keras.Layer) -> bool:
     """Whether the layer keeps moving statistics of batches."""
     return isinstance(layer, keras.layers.BatchNormalization)

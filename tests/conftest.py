@@ -15,6 +15,8 @@ hypothesis.settings.register_profile(
     deadline=None,
     derandomize=True,
     database=None,
+    # Shrinking an example that trains a model takes minutes.
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.load_profile("keras_tl")

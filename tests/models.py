@@ -68,7 +68,7 @@ def sequential(kinds):
 
 @keras.saving.register_keras_serializable(package="tests")
 class Subclassed(keras.Model):
-    """The same layers in a subclassed model that says nothing about `training`, and is not built."""
+    """The same layers in a subclassed model that does not mention `training`, not built."""
 
     def __init__(self, kinds, **kwargs):
         super().__init__(**kwargs)
@@ -95,7 +95,7 @@ def functional_outer(backbone, head=()):
 
 @keras.saving.register_keras_serializable(package="tests")
 class SubclassedOuter(keras.Model):
-    """The same as a subclassed model that says nothing about `training`, and is not built."""
+    """The same as a subclassed model that does not pass `training` on, and is not built."""
 
     def __init__(self, backbone, head=(), **kwargs):
         super().__init__(**kwargs)
@@ -103,7 +103,7 @@ class SubclassedOuter(keras.Model):
         self.head = list(head)
         self.top = keras.layers.Dense(1, name="output")
 
-    def call(self, x):
+    def call(self, x, training=None):
         x = self.backbone(x)
         for layer in self.head:
             x = layer(x)

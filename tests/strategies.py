@@ -13,7 +13,9 @@ def layer_kinds(draw, min_size=1, max_size=4):
     """Kinds of layers in a row, with at least one that has weights to train."""
     kinds = draw(
         st.lists(
-            st.sampled_from(["dense", "batchnorm", "dropout", "layernorm", "conv", "nested", "shared"]),
+            st.sampled_from(
+                ["dense", "batchnorm", "dropout", "layernorm", "conv", "nested", "shared"]
+            ),
             min_size=min_size,
             max_size=max_size,
         )

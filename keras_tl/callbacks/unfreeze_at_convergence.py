@@ -16,7 +16,7 @@ from keras_tl.backbones import Backbones, changeable_weights
 from keras_tl.best_weights import BestWeights
 from keras_tl.callbacks.monitored_value import MonitoredValue
 from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
-from keras_tl.selecting import Backbone, Selection
+from keras_tl.selecting import Backbone, Selection, is_built
 from keras_tl.switching import LearningRate
 
 _logger = logging.getLogger("keras_tl")
@@ -182,16 +182,18 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._check_optimizers()
-        self._backbones = Backbones(self.model, self.backbone, self.layers, self.train_batchnorm)
         self._beside = internals.callbacks_beside(self)
+        self._backbones = Backbones(self.model, self.backbone, self.layers, self.train_batchnorm)
         self._freeze_untouched()
         self._monitored = MonitoredValue(self.monitor, self.mode, self.model)
-        self._judge: ConvergenceMonitor | None = None
         self._best: BestWeights | None = None
         self._switch_reason: str | None = None
         self._stop_reason: str | None = None
         self.transitions = []
-        self._begin_stage(0 if self._backbones.still_frozen() else 1)
+        self._begin_stage(0)
+        self._prepared = is_built(self.model)
+        if self._prepared:
+            self._prepare()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._switch_reason is not None:
@@ -200,6 +202,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
+        if not self._prepared:
+            # Keras builds a subclassed model in its first step, on TensorFlow.
+            self._prepared = True
+            self._prepare()
         last_epoch = epoch + 1 == (self.params or {}).get("epochs")
         value = self._monitored.read(logs, last_epoch=last_epoch)
         logs["learning_rate"] = _learning_rate_of(self.model)
@@ -224,7 +230,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             )
             self._best = None
 
-    # Before the first step.
+    # Before the first step, or where the model is only built by it, after the first epoch.
+
+    def _prepare(self) -> None:
+        self._backbones.check_selection()
+        self._begin_stage(0 if self._backbones.still_frozen() else 1)
 
     def _check_optimizers(self) -> None:
         if self.model.optimizer is None:
@@ -242,13 +252,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if not switched and self._backbones.untouched():
             with switching.all_or_nothing(self.model):
                 self._backbones.freeze()
-                switching.renew_training(self.model)
+                if is_built(self.model):
+                    switching.renew_training(self.model)
             self._say(f"UnfreezeAtConvergence froze {self._backbones.names}, which was trainable.")
 
     def _begin_stage(self, stage: int) -> None:
         self.stage = stage
         self._stage_epochs = 0
-        self._judge = None
+        self._judge: ConvergenceMonitor | None = None
         self._changeable = changeable_weights(self.model)
 
     # At an epoch's end.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Sequence
 from typing import Any
@@ -222,7 +223,7 @@ class FrozenBackbone(keras.layers.Layer):
     def from_config(
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> FrozenBackbone:
-        config = dict(config)
+        config = copy.deepcopy(config)
         flags = config.pop("trainable_flags", None)
         hand_frozen = config.pop("hand_frozen", ())
         backbone = config.pop("backbone")
@@ -257,7 +258,8 @@ def _truncate(backbone: keras.Layer, output_layers: str | Sequence[str]) -> kera
         raise ValueError("`output_layers=[]` names no layer. Pass one name, a list, or None.")
     tensors = [_output_of(backbone, name) for name in names]
     outputs = tensors[0] if isinstance(output_layers, str) else tensors
-    return keras.Model(backbone.input, outputs, name=backbone.name)
+    inputs = backbone.inputs if isinstance(backbone, keras.Sequential) else backbone.input
+    return keras.Model(inputs, outputs, name=backbone.name)
 
 
 def _output_of(backbone: keras.Model, name: str) -> Any:
@@ -266,10 +268,10 @@ def _output_of(backbone: keras.Model, name: str) -> Any:
             f"{no_such_layer(backbone, name, 'output_layers')} Pass the name of a layer that is "
             "directly in the backbone, or a list of such names."
         )
-    try:
-        return backbone.get_layer(name).output
-    except AttributeError as error:
+    outputs = internals.outputs_in_graph(backbone, backbone.get_layer(name))
+    if len(outputs) != 1:
         raise ValueError(
             f'`output_layers="{name}"` has no one output: the backbone "{backbone.name}" calls '
-            "that layer more than once. Name a layer that is called once."
-        ) from error
+            f"that layer {len(outputs)} times. Name a layer that is called once."
+        )
+    return outputs[0]

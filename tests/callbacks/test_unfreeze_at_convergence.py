@@ -1,0 +1,540 @@
+import csv
+import math
+import re
+
+import keras
+import numpy as np
+import pytest
+
+from keras_tl import FrozenBackbone, UnfreezeAtConvergence
+from tests import models
+from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
+
+X, Y = regression_data()
+
+
+def build(outer=models.functional_outer, optimizer=None, kinds=("dense", "batchnorm", "dense")):
+    wrapper = FrozenBackbone(models.functional(kinds))
+    model = outer(wrapper, [keras.layers.Dropout(0.5)])
+    model.compile(optimizer or keras.optimizers.Adam(0.01), "mse")
+    return model, wrapper
+
+
+def fit(model, *callbacks, epochs=6, **arguments):
+    arguments.setdefault("validation_data", (X, Y))
+    return model.fit(
+        X, Y, batch_size=8, epochs=epochs, callbacks=list(callbacks), verbose=0, **arguments
+    )
+
+
+def scripted_fit(model, callback, values, *callbacks, **arguments):
+    """Trains for as many epochs as there are values, which are what `callback` monitors."""
+    script = Scripted(callback.monitor, values)
+    return fit(model, script, *callbacks, callback, epochs=len(values), **arguments)
+
+
+def unfreezer(learning_rate=1e-3, **arguments):
+    return UnfreezeAtConvergence(
+        learning_rate,
+        **{"monitor": "score", "mode": "min", "patience": 1, "verbose": 0} | arguments,
+    )
+
+
+# The stages.
+
+
+def test_switches_at_the_epoch_after_convergence():
+    model, wrapper = build()
+    callback = unfreezer(patience=2)
+
+    history = scripted_fit(model, callback, [3, 2, 2, 2, 1, 1])
+
+    assert history.history["stage"] == [0, 0, 0, 0, 1, 1]
+    rates = history.history["learning_rate"]
+    assert rates == [*[float(np.float32(0.01))] * 4, *[float(np.float32(1e-3))] * 2]
+    assert wrapper.trainable
+    assert callback.stage == 1
+
+
+def test_other_callbacks_see_each_epochs_end_as_it_was_trained():
+    model, wrapper = build()
+    after = Recorder(lambda model: (wrapper.trainable, float(model.optimizer.learning_rate)))
+    callback = unfreezer()
+    fit(model, Scripted("score", [1, 1, 1]), callback, after, epochs=3)
+    first, fine = float(np.float32(0.01)), float(np.float32(1e-3))
+    assert after.records == [(False, first), (False, first), (True, fine)]
+
+
+def test_transition_says_what_happened():
+    model, _ = build()
+    callback = unfreezer()
+    frozen = 5
+    scripted_fit(model, callback, [1, 2, 1])
+
+    (transition,) = callback.transitions
+    assert (transition.epoch, transition.stage, transition.reason) == (2, 1, "converged")
+    assert transition.value == 1
+    assert math.isclose(transition.learning_rate_before, 0.01, rel_tol=1e-6)
+    assert math.isclose(transition.learning_rate_after, 1e-3, rel_tol=1e-6)
+    assert (transition.trainable_before, transition.trainable_after) == (frozen, frozen + 40)
+    assert len(transition.layers) == 2
+
+
+def test_only_the_head_moves_before_and_the_backbone_after():
+    model, wrapper = build()
+    recorder = Recorder(lambda model: as_bytes(wrapper.weights))
+    before = as_bytes(wrapper.weights)
+    scripted_fit(model, unfreezer(restore_best_weights=False), [1, 1, 1, 1], recorder)
+
+    frozen, switched, *_, last = recorder.records
+    assert frozen == switched == before
+    moved = {a[0] for a, b in zip(before, last) if a != b}
+    assert moved == {w.path for w in wrapper.weights if w.name in ("kernel", "bias")}
+
+
+def test_unfreezes_only_what_is_selected():
+    model, wrapper = build()
+    scripted_fit(model, unfreezer(layers=1), [1, 1, 1])
+    assert len(wrapper.trainable_weights) == 2
+
+
+def test_trains_batchnorm_on_demand_with_constant_statistics():
+    model, wrapper = build()
+    statistics = as_bytes(models.statistics(wrapper))
+    scripted_fit(model, unfreezer(train_batchnorm=True), [1, 1, 1])
+    assert "gamma" in {w.name for w in wrapper.trainable_weights}
+    assert as_bytes(models.statistics(wrapper)) == statistics
+
+
+def test_max_frozen_epochs_ends_the_frozen_stage():
+    model, _ = build()
+    callback = unfreezer(max_frozen_epochs=2)
+    history = scripted_fit(model, callback, [4, 3, 2, 1])
+    assert history.history["stage"] == [0, 0, 1, 1]
+    assert callback.transitions[0].reason == "max_frozen_epochs"
+
+
+def test_stops_when_fine_tuning_has_converged():
+    model, _ = build()
+    callback = unfreezer(fine_tune_patience=2)
+    history = scripted_fit(model, callback, [1, 1, 3, 2, 2, 2, 2, 2])
+    assert history.history["stage"] == [0, 0, 1, 1, 1, 1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_stops_and_restores_when_fine_tuning_diverges(bad):
+    model, _ = build()
+    recorder = Recorder(values_of)
+    history = scripted_fit(model, unfreezer(), [2, 2, 1, bad, 0, 0], recorder)
+    assert history.history["stage"] == [0, 0, 1, 1]
+    assert values_of(model) == recorder.records[2]
+
+
+def test_head_that_is_best_is_what_remains():
+    model, _ = build()
+    recorder = Recorder(values_of)
+    scripted_fit(model, unfreezer(), [2, 1, 1, 5, 4], recorder)
+    assert values_of(model) == recorder.records[1]
+
+
+def test_best_of_the_frozen_stage_is_restored_before_fine_tuning():
+    model, _ = build()
+    recorder = Recorder(values_of)
+    at_switch = []
+
+    class AfterSwitch(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            at_switch.append(values_of(self.model))
+
+    callback = unfreezer(patience=2)
+    script = Scripted("score", [1, 2, 2, 2])
+    fit(model, script, recorder, callback, AfterSwitch(), epochs=4)
+    assert at_switch[3] == recorder.records[0] != recorder.records[2]
+
+
+def test_weights_are_left_alone_if_not_to_be_restored():
+    model, _ = build()
+    recorder = Recorder(values_of)
+    scripted_fit(model, unfreezer(restore_best_weights=False), [1, 2, 3, 4], recorder)
+    assert values_of(model) == recorder.records[-1]
+
+
+def test_regularizers_of_the_backbone_do_not_hide_an_improvement():
+    model, wrapper = build()
+    for weight in wrapper.backbone.weights:
+        if weight.name == "kernel":
+            weight.regularizer = keras.regularizers.L2(10.0)
+    callback = UnfreezeAtConvergence(0.01, patience=1, max_frozen_epochs=2, verbose=0)
+    history = fit(model, callback, epochs=8).history["val_loss"]
+
+    assert min(history[2:]) > max(history[:2]), "the loss must jump for the test to mean anything"
+    assert math.isclose(model.evaluate(X, Y, verbose=0), min(history[2:]), rel_tol=1e-6)
+
+
+def test_mode_auto_asks_the_metric():
+    model, _ = build()
+    model.compile("sgd", "mse", metrics=[keras.metrics.R2Score(name="r2")])
+    callback = UnfreezeAtConvergence(monitor="val_r2", patience=1, verbose=0)
+    script = Scripted("val_r2", [0.1, 0.2, 0.3, 0.3, 0.3])
+    history = fit(model, script, callback, epochs=5)
+    assert history.history["stage"] == [0, 0, 0, 0, 1]
+
+
+# Optimizers.
+
+
+def test_takes_a_schedule_after_a_schedule():
+    decay = keras.optimizers.schedules.ExponentialDecay
+    model, _ = build(optimizer=keras.optimizers.Adam(decay(0.01, 1, 0.5)))
+    callback = unfreezer(decay(0.5, 2, 0.5, staircase=True))
+    history = scripted_fit(model, callback, [1, 1, 1, 1])
+    assert history.history["learning_rate"][2:] == [0.25, 0.125]
+
+
+def test_takes_a_callable():
+    model, _ = build()
+    history = scripted_fit(model, unfreezer(lambda: 0.25), [1, 1, 1])
+    assert history.history["learning_rate"][2:] == [0.25]
+
+
+def test_takes_an_optimizer_and_uses_it_with_its_own_rate():
+    model, _ = build()
+    sgd = keras.optimizers.SGD(0.25, momentum=0.5)
+    callback = UnfreezeAtConvergence(
+        optimizer=sgd, monitor="score", mode="min", patience=1, verbose=0
+    )
+    history = scripted_fit(model, callback, [1, 1, 1])
+    assert model.optimizer is sgd
+    assert history.history["learning_rate"][2:] == [0.25]
+
+
+def test_exclusions_from_weight_decay_survive_the_switch():
+    optimizer = keras.optimizers.AdamW(0.01, weight_decay=0.5)
+    optimizer.exclude_from_weight_decay(var_names=["bias"])
+    model, _ = build(optimizer=optimizer)
+    scripted_fit(model, unfreezer(), [1, 1, 1])
+    use = {w.name: model.optimizer._use_weight_decay(w) for w in model.trainable_weights}
+    assert use == {"kernel": True, "bias": False}
+
+
+# Without a FrozenBackbone.
+
+
+def plain(kinds=("dense", "batchnorm", "dense")):
+    base = models.functional(kinds)
+    inputs = keras.Input((models.FEATURES,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(base(inputs, training=False)))
+    return model, base
+
+
+@pytest.mark.parametrize("already_frozen", [False, True])
+def test_plain_backbone_is_frozen_then_unfrozen_without_its_batchnorm(already_frozen):
+    model, base = plain()
+    base.trainable = not already_frozen
+    model.compile("sgd", "mse")
+    recorder = Recorder(lambda model: as_bytes(base.weights))
+    before = as_bytes(base.weights)
+
+    callback = unfreezer(0.1, backbone=base, restore_best_weights=False)
+    scripted_fit(model, callback, [1, 1, 1], recorder)
+
+    assert recorder.records[0] == recorder.records[1] == before
+    moved = {a[0] for a, b in zip(before, as_bytes(base.weights)) if a != b}
+    assert moved == {w.path for w in base.weights if w.name in ("kernel", "bias")}
+
+
+def test_list_of_layers_is_a_backbone():
+    dense = [keras.layers.Dense(4, name=name) for name in "abc"]
+    model = keras.Sequential([keras.Input((4,)), *dense, keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    callback = unfreezer(backbone=dense, layers="b|c")
+    scripted_fit(model, callback, [1, 1, 1])
+    assert [layer.trainable for layer in dense] == [False, True, True]
+    assert callback.transitions[0].layers == ("b", "c")
+
+
+def test_backbone_whose_layers_were_taken_over_one_by_one():
+    base = models.functional(["dense", "dense"])
+    model = keras.Model(base.input, keras.layers.Dense(1)(base.output))
+    model.compile("sgd", "mse")
+    scripted_fit(model, unfreezer(backbone=base, layers=1), [1, 1, 1])
+    assert len(model.trainable_weights) == 4
+
+
+def test_wrapped_model_may_be_named_instead_of_its_wrapper():
+    model, wrapper = build()
+    scripted_fit(model, unfreezer(backbone=wrapper.backbone, train_batchnorm=True), [1, 1, 1])
+    assert "gamma" in {w.name for w in wrapper.trainable_weights}
+
+
+def test_selection_need_not_match_in_every_backbone():
+    left, right = (FrozenBackbone(models.functional(["dense"])) for _ in range(2))
+    left.backbone.layers[1].name = "only_left"
+    inputs = keras.Input((4,))
+    outputs = keras.layers.Dense(1)(keras.layers.Add()([left(inputs), right(inputs)]))
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", "mse")
+    scripted_fit(model, unfreezer(layers="only_left"), [1, 1, 1])
+    assert (left.trainable, right.trainable) == (True, False)
+
+
+# Beside other callbacks.
+
+
+def test_early_stopping_before_it_counts_as_convergence_and_starts_over():
+    model, _ = build()
+    stopping = keras.callbacks.EarlyStopping("score", mode="min", patience=2)
+    callback = unfreezer(patience=100)
+    history = scripted_fit(model, callback, [1, 1, 1, 3, 2, 2, 2, 2, 2], stopping)
+    assert history.history["stage"] == [0, 0, 0, 1, 1, 1, 1]
+    assert callback.transitions[0].reason == "early_stopping"
+
+
+def test_early_stopping_that_restores_does_not_undo_the_best_of_the_run():
+    model, _ = build()
+    recorder = Recorder(values_of)
+    stopping = keras.callbacks.EarlyStopping(
+        "score", mode="min", patience=1, restore_best_weights=True
+    )
+    callback = unfreezer(patience=100)
+    scripted_fit(model, callback, [1, 1, 5, 6], recorder, stopping)
+    assert values_of(model) == recorder.records[0]
+
+
+def test_stop_of_another_callback_ends_training_with_a_warning():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 1
+
+    model, _ = build()
+    with pytest.warns(UserWarning, match="still frozen, because another callback stopped it"):
+        history = scripted_fit(model, unfreezer(patience=9), [1] * 5, Stop())
+    assert history.epoch == [0, 1]
+
+
+def test_early_stopping_of_a_broken_run_ends_it():
+    model, _ = build()
+    stopping = keras.callbacks.EarlyStopping("score", mode="min", patience=1)
+    callback = unfreezer(patience=9)
+    broken = Scripted("loss", [math.nan] * 5)
+    with pytest.warns(UserWarning, match="another callback stopped it"):
+        history = scripted_fit(model, callback, [1] * 5, broken, stopping)
+    assert history.epoch == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ([3, 2, 1], "score had not converged by the last epoch"),
+        ([1, 1], "stage 0 ended with the last epoch"),
+    ],
+)
+def test_training_that_ends_frozen_is_warned_of(values, words):
+    model, _ = build()
+    with pytest.warns(UserWarning, match=f"still frozen, because {words}.*Pass more `epochs`"):
+        scripted_fit(model, unfreezer(), values)
+
+
+def test_keys_are_logged_from_the_first_epoch(tmp_path):
+    model, _ = build()
+    log = keras.callbacks.CSVLogger(tmp_path / "log.csv")
+    callback = unfreezer()
+    fit(model, Scripted("score", [1, 1, 1]), callback, log, epochs=3)
+    with open(tmp_path / "log.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["stage"] for row in rows] == ["0", "0", "1"]
+    assert len({row["learning_rate"] for row in rows}) == 2
+
+
+# Later fits.
+
+
+def test_second_fit_with_the_same_callback_goes_on_fine_tuning():
+    model, _ = build()
+    callback = unfreezer()
+    scripted_fit(model, callback, [1, 1, 1])
+    optimizer = model.optimizer
+
+    history = scripted_fit(model, callback, [1, 1, 1])
+
+    assert history.history["stage"] == [1, 1, 1]
+    assert callback.transitions == []
+    assert model.optimizer is optimizer
+
+
+def test_second_fit_goes_on_fine_tuning_a_plain_backbone():
+    model, base = plain(["dense"])
+    model.compile("sgd", "mse")
+    callback = unfreezer(backbone=base)
+    scripted_fit(model, callback, [1, 1, 1])
+    history = scripted_fit(model, callback, [1, 1, 1])
+    assert history.history["stage"] == [1, 1, 1]
+    assert base.trainable
+
+
+def test_second_fit_with_another_model_starts_over():
+    callback = UnfreezeAtConvergence(
+        optimizer=keras.optimizers.SGD(0.25), monitor="score", mode="min", patience=1, verbose=0
+    )
+    for _ in range(2):
+        model, _ = build()
+        history = scripted_fit(model, callback, [1, 1, 1])
+        assert history.history["stage"] == [0, 0, 1]
+        assert history.history["learning_rate"][-1] == 0.25
+
+
+def test_loaded_model_goes_on_fine_tuning(tmp_path):
+    model, _ = build()
+    scripted_fit(model, unfreezer(), [1, 1, 1])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    history = scripted_fit(loaded, unfreezer(), [1, 1])
+    assert history.history["stage"] == [1, 1]
+    assert math.isclose(history.history["learning_rate"][0], 1e-3, rel_tol=1e-6)
+
+
+# Messages and errors.
+
+
+def test_says_what_it_does_and_what_remains(capsys):
+    model, wrapper = build()
+    scripted_fit(model, unfreezer(verbose=1, fine_tune_patience=1), [2, 2, 1, 1, 1])
+    printed = capsys.readouterr().out
+    assert "Epoch 3: UnfreezeAtConvergence unfreezes" in printed
+    assert f'"{wrapper.backbone.name}": score has not improved for 1 epochs (best 2)' in printed
+    assert "5 -> 45 trainable parameters, learning rate 0.01 -> 0.001." in printed
+    assert "Epoch 4: UnfreezeAtConvergence stopped: score has not improved" in printed
+    assert "restored the best weights, of epoch 3: score 1." in printed
+
+
+def test_says_nothing_if_not_verbose(capsys):
+    model, _ = build()
+    scripted_fit(model, unfreezer(), [1, 1, 1])
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"learning_rate": 0}, "`learning_rate` must be a finite number above 0.*=0"),
+        ({"learning_rate": -1e-3}, "`learning_rate` must be.*-0.001"),
+        ({"learning_rate": math.nan}, "`learning_rate` must be.*nan"),
+        ({"learning_rate": "low"}, "`learning_rate` must be.*'low'"),
+        ({"patience": -1}, "`patience` must be an int of at least 0.*-1"),
+        ({"fine_tune_patience": -1}, "`fine_tune_patience` must be an int of at least 0.*-1"),
+        ({"start_from_epoch": 0.5}, "`start_from_epoch` must be an int"),
+        ({"max_frozen_epochs": 0}, "`max_frozen_epochs` must be an int of at least 1.*0"),
+        ({"min_delta": math.nan}, "`min_delta` must be a finite number"),
+        ({"mode": "lowest"}, '`mode` must be "auto", "min" or "max".*lowest'),
+        ({"optimizer": "adam"}, "`optimizer` must be a `keras.optimizers.Optimizer`.*'adam'"),
+    ],
+)
+def test_refuses_bad_arguments(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        UnfreezeAtConvergence(**arguments)
+
+
+def test_refuses_an_optimizer_that_is_built():
+    optimizer = keras.optimizers.SGD(0.1)
+    optimizer.build([keras.Variable(1.0)])
+    with pytest.raises(ValueError, match="built already"):
+        UnfreezeAtConvergence(optimizer=optimizer)
+
+
+def test_refuses_two_learning_rates():
+    with pytest.raises(ValueError, match="would be lost"):
+        UnfreezeAtConvergence(1e-3, optimizer=keras.optimizers.SGD(0.1))
+
+
+def no_backbone():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    return model, {}
+
+
+def foreign_backbone():
+    model, _ = plain()
+    return model, {"backbone": models.functional(["dense"])}
+
+
+def no_layers():
+    return build()[0], {"backbone": []}
+
+
+def empty_selection():
+    return build()[0], {"layers": "block5_.*"}
+
+
+def batchnorm_of_a_plain_backbone():
+    model, base = plain()
+    return model, {"backbone": base, "train_batchnorm": True}
+
+
+def several_rates():
+    model, _ = build()
+    several = keras.optimizers.MultiOptimizer(lambda variable: keras.optimizers.SGD(0.1))
+    model.compile(several, "mse")
+    return model, {}
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            no_backbone,
+            "has no FrozenBackbone. Wrap the pretrained model in keras_tl.FrozenBackbone",
+        ),
+        (foreign_backbone, "is not part of the model"),
+        (no_layers, "`backbone` must be a Keras layer, a model or a list of layers"),
+        (empty_selection, '`layers="block5_.*"` matches no layer'),
+        (batchnorm_of_a_plain_backbone, "`train_batchnorm=True` needs a FrozenBackbone"),
+        (several_rates, "MultiOptimizer, which has no single learning rate"),
+    ],
+)
+def test_refuses_before_the_first_step(make, words):
+    model, arguments = make()
+    if not model.compiled:
+        model.compile("sgd", "mse")
+    before = values_of(model)
+    with pytest.raises(ValueError, match=re.escape(words)):
+        fit(model, UnfreezeAtConvergence(**arguments))
+    assert values_of(model) == before
+
+
+def test_refuses_a_monitor_that_is_not_in_the_logs():
+    model, _ = build()
+    callback = UnfreezeAtConvergence(monitor="val_acuracy", verbose=0)
+    with pytest.raises(ValueError, match="`monitor='val_acuracy'` is not in the logs.*val_loss"):
+        fit(model, callback)
+
+
+def test_refuses_a_fit_without_validation_at_its_end_at_the_latest():
+    model, _ = build()
+    callback = UnfreezeAtConvergence(verbose=0)
+    with (
+        pytest.warns(UserWarning, match="Waiting for an epoch with validation"),
+        pytest.raises(ValueError, match="'val_loss'.*is not in the logs.*validation data"),
+    ):
+        fit(model, callback, epochs=3, validation_data=None)
+
+
+def test_refuses_a_monitor_of_unknown_direction():
+    model, _ = build()
+    with pytest.raises(ValueError, match="Cannot tell whether 'score' improves by rising"):
+        scripted_fit(model, unfreezer(mode="auto"), [1, 1])
+
+
+def test_a_switch_that_fails_leaves_the_model_as_it_was(monkeypatch):
+    model, wrapper = build()
+    recorder = Recorder(values_of)
+    callback = unfreezer(patience=2)
+
+    def fail(*args, **kwargs):
+        raise MemoryError("no room for slots")
+
+    monkeypatch.setattr(callback, "_own_optimizer", fail)
+    with pytest.raises(MemoryError):
+        scripted_fit(model, callback, [1, 2, 3, 4], recorder)
+
+    assert values_of(model) == recorder.records[-1]
+    assert not wrapper.trainable
+    fit(model, epochs=1)

@@ -1,0 +1,104 @@
+"""Invariant 4: one `fit` is, bit for bit, what the steps done by hand give."""
+
+import keras
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_tl import FrozenBackbone, UnfreezeAtConvergence
+from tests import models, strategies
+from tests.conftest import Recorder, regression_data, values_of
+
+EPOCHS = 6
+X, Y = regression_data(24, seed=1)
+VALIDATION = regression_data(16, seed=2)
+
+
+def arrays():
+    return {"x": X, "y": Y, "batch_size": 8, "shuffle": False}
+
+
+def pipeline():
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).map(lambda x, y: (2 * x, y))
+    return {"x": data.batch(8).prefetch(1)}
+
+
+def build(kinds, outer, seed, optimizer, run_eagerly, regularized):
+    keras.utils.set_random_seed(seed)
+    wrapper = FrozenBackbone(models.functional(kinds))
+    if regularized:
+        for weight in wrapper.backbone.weights:
+            if weight.name == "kernel":
+                weight.regularizer = keras.regularizers.L2(0.1)
+    model = outer(wrapper, [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)])
+    model(X)
+    # A configuration and not an optimizer, of which each route needs one of its own.
+    optimizer = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    model.compile(optimizer, "mse", metrics=["mae"], run_eagerly=run_eagerly)
+    return model, wrapper
+
+
+def by_hand(model, wrapper, data, learning_rate, *, layers, patience, min_delta, start_from_epoch):
+    recorder = Recorder(values_of)
+    stopping = keras.callbacks.EarlyStopping(
+        patience=patience,
+        min_delta=min_delta,
+        start_from_epoch=start_from_epoch,
+        restore_best_weights=True,
+    )
+    fit = {"validation_data": VALIDATION, "epochs": EPOCHS, "verbose": 0, **data}
+    first = model.fit(callbacks=[recorder, stopping], **fit)
+    done = len(first.epoch)
+    history = [first.history]
+    if done < EPOCHS:
+        wrapper.unfreeze(layers)
+        config = model.optimizer.get_config() | {"learning_rate": learning_rate}
+        optimizer = type(model.optimizer).from_config(config)
+        model.compile(optimizer, "mse", metrics=["mae"], run_eagerly=model.run_eagerly)
+        history.append(model.fit(callbacks=[recorder], initial_epoch=done, **fit).history)
+    joined = {key: [value for part in history for value in part[key]] for key in history[0]}
+    return joined, recorder.records
+
+
+def in_one_fit(model, data, learning_rate, **settings):
+    recorder = Recorder(values_of)
+    callback = UnfreezeAtConvergence(learning_rate, verbose=0, **settings)
+    fit = {"validation_data": VALIDATION, "epochs": EPOCHS, "verbose": 0, **data}
+    history = model.fit(callbacks=[recorder, callback], **fit)
+    return history.history, recorder.records, callback
+
+
+@given(
+    kinds=strategies.layer_kinds(max_size=3),
+    outer=strategies.outer_models,
+    seed=st.integers(0, 1000),
+    optimizer=strategies.optimizers(),
+    data=st.sampled_from([arrays, pipeline]),
+    run_eagerly=st.sampled_from([True, True, False]),
+    regularized=st.booleans(),
+    learning_rate=st.sampled_from([1e-5, 1e-2]),
+    layers=st.sampled_from(["all", 1]),
+    patience=st.integers(0, 2),
+    min_delta=st.sampled_from([0.0, 0.05]),
+    start_from_epoch=st.integers(0, 1),
+)
+@settings(max_examples=25)
+def test_one_fit_is_the_manual_route(
+    kinds, outer, seed, optimizer, data, run_eagerly, regularized, learning_rate, **callback
+):
+    made = (kinds, outer, seed, optimizer, run_eagerly, regularized)
+    model, wrapper = build(*made)
+    expected, weights_by_hand = by_hand(model, wrapper, data(), learning_rate, **callback)
+    model, _ = build(*made)
+    history, weights, _ = in_one_fit(model, data(), learning_rate, **callback)
+
+    assert {key: history[key] for key in expected} == expected
+    assert weights == weights_by_hand
+
+
+def test_the_property_above_sees_both_stages():
+    """Guards it: with such settings a switch does happen."""
+    made = (["dense", "dense"], models.functional_outer, 0, keras.optimizers.SGD(0.05), True, False)
+    model, _ = build(*made)
+    history, _, callback = in_one_fit(model, arrays(), 1e-2, patience=0)
+    assert len(callback.transitions) == 1 or history["stage"] == [0] * EPOCHS
