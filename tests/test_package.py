@@ -1,0 +1,38 @@
+"""What holds for the package as a whole."""
+
+import re
+from importlib import metadata
+from pathlib import Path
+
+import keras_tl
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "keras_tl").rglob("*.py"))
+
+
+def test_public_names_are_importable_from_the_top():
+    assert {"FrozenBackbone", "UnfreezeAtConvergence"} <= set(keras_tl.__all__)
+    assert all(hasattr(keras_tl, name) for name in keras_tl.__all__)
+
+
+def test_version_is_written_once():
+    assert metadata.version("keras_tl") == keras_tl.__version__
+    literal = re.escape(keras_tl.__version__)
+    written = [
+        p.name for p in [*SOURCES, ROOT / "pyproject.toml"] if re.search(literal, p.read_text())
+    ]
+    assert written == ["version.py"]
+
+
+def test_only_internals_names_a_backend_or_imports_from_inside_keras():
+    inside = re.compile(
+        r"keras\.src|^\s*(?:import|from) (?:tensorflow|jax|torch)\b|backend\.backend\(\)",
+        re.MULTILINE,
+    )
+    touching = {path.name for path in SOURCES if inside.search(path.read_text())}
+    assert touching == {"internals.py"}
+
+
+def test_public_docstrings_have_an_example():
+    for name in set(keras_tl.__all__) - {"__version__"}:
+        assert ">>> " in getattr(keras_tl, name).__doc__, name
