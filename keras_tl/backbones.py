@@ -78,7 +78,8 @@ class Backbones:
 
     def untouched(self) -> bool:
         """Whether there are plain backbones in which nothing has been frozen yet."""
-        return bool(self.plain) and all(freezing.get_trainable_flags(self.plain).weights)
+        flags = freezing.get_trainable_flags(self.plain)
+        return bool(self.plain) and all(flags.weights) and all(p.trainable for p in self.plain)
 
     def freeze(self) -> None:
         """Freezes all of every backbone."""

@@ -20,7 +20,7 @@ class Snapshot:
     >>> layer = keras.layers.Dense(1)
     >>> layer.build((None, 2))
     >>> snapshot = Snapshot(layer.weights)
-    >>> layer.bias.assign([5.0])
+    >>> _ = layer.bias.assign([5.0])
     >>> snapshot.restore()
     >>> float(layer.bias[0])
     0.0

@@ -131,24 +131,25 @@ def strategy_scope(model: keras.Model) -> contextlib.AbstractContextManager:
     return contextlib.nullcontext()
 
 
-_FUNCTIONS = ("train_function", "test_function", "predict_function")
+_COMPILED = ("optimizer", "train_function", "test_function", "predict_function")
 
 
 def compiled_state(model: keras.Model) -> dict[str, Any]:
     """Returns what `set_compiled_state` needs to put the optimizer and compiled functions back."""
+    state = {name: getattr(model, name) for name in _COMPILED}
     return {
-        "optimizer": model.optimizer,
-        "config": dict(model._compile_config.config),
-        "functions": {name: getattr(model, name) for name in _FUNCTIONS},
+        **state,
+        "compile_config": dict(model._compile_config.config),
+        "compiled_flags": dict(model._compiled_trainable_state),
     }
 
 
 def set_compiled_state(model: keras.Model, state: dict[str, Any]) -> None:
     """Puts back what `compiled_state` returned."""
-    model.optimizer = state["optimizer"]
-    model._compile_config.config.update(state["config"])
-    for name, function in state["functions"].items():
-        setattr(model, name, function)
+    for name in _COMPILED:
+        setattr(model, name, state[name])
+    model._compile_config.config.update(state["compile_config"])
+    model._compiled_trainable_state.update(state["compiled_flags"])
 
 
 def install_optimizer(model: keras.Model, optimizer: keras.Optimizer) -> None:
@@ -175,6 +176,9 @@ def renew_functions(model: keras.Model, *, keep_evaluation: bool) -> None:
     if not (keep_evaluation and keras.backend.backend() == "tensorflow"):
         model.test_function = None
         model.predict_function = None
+    # What `compile` notes, and Keras means to hold against the flags when `fit` begins.
+    flags = {layer: layer.trainable for layer in model._flatten_layers()}
+    model._compiled_trainable_state.update(flags)
     model.make_train_function(force=True)
 
 

@@ -139,7 +139,8 @@ def renew_training(
         model: A compiled and built model.
         learning_rate: Float, `LearningRateSchedule` or callable for a copy of the model's
             optimizer. None keeps the old setting.
-        optimizer: An optimizer to use instead of a copy of the model's. It must not be built.
+        optimizer: An optimizer to use instead of a copy of the model's. One that is built already
+            is copied.
         keep_evaluation: Bool. Whether the evaluation function may stay, where the backend allows
             it: right if nothing that it computes depends on the flags that changed (regularizers
             do).
@@ -152,10 +153,9 @@ def renew_training(
     >>> renew_training(model, 1e-4)
     """
     with internals.strategy_scope(model):
-        if optimizer is None:
-            optimizer = renew_optimizer(
-                model.optimizer, learning_rate, variables=model.trainable_variables
-            )
+        if optimizer is None or optimizer.built:
+            source = model.optimizer if optimizer is None else optimizer
+            optimizer = renew_optimizer(source, learning_rate, variables=model.trainable_variables)
         else:
             optimizer = _loss_scaled_if(model.optimizer, optimizer)
             optimizer.build(model.trainable_variables)

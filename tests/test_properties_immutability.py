@@ -30,7 +30,7 @@ def head():
 
 
 @given(
-    backbone=strategies.backbones(),
+    make_backbone=strategies.backbone_makers(),
     outer=strategies.outer_models,
     optimizer=strategies.optimizers(),
     loss=strategies.losses,
@@ -40,9 +40,9 @@ def head():
 )
 @settings(max_examples=25)
 def test_weights_of_a_frozen_backbone_are_constant(
-    backbone, outer, optimizer, loss, epochs, run_eagerly, inference_mode
+    make_backbone, outer, optimizer, loss, epochs, run_eagerly, inference_mode
 ):
-    wrapper = FrozenBackbone(backbone, inference_mode=inference_mode)
+    wrapper = FrozenBackbone(make_backbone(), inference_mode=inference_mode)
     model = outer(wrapper, head())
     x, _ = regression_data()
     model(x)
@@ -56,7 +56,7 @@ def test_weights_of_a_frozen_backbone_are_constant(
 
 
 @given(
-    backbone=strategies.backbones(),
+    make_backbone=strategies.backbone_makers(),
     outer=strategies.outer_models,
     optimizer=strategies.optimizers(),
     run_eagerly=eagerly,
@@ -66,9 +66,9 @@ def test_weights_of_a_frozen_backbone_are_constant(
 )
 @settings(max_examples=25)
 def test_in_a_partly_unfrozen_backbone_only_what_is_trainable_moves(
-    backbone, outer, optimizer, run_eagerly, inference_mode, train_batchnorm, layers
+    make_backbone, outer, optimizer, run_eagerly, inference_mode, train_batchnorm, layers
 ):
-    wrapper = FrozenBackbone(backbone, inference_mode=inference_mode)
+    wrapper = FrozenBackbone(make_backbone(), inference_mode=inference_mode)
     model = outer(wrapper, head())
     x, _ = regression_data()
     model(x)
@@ -84,7 +84,7 @@ def test_in_a_partly_unfrozen_backbone_only_what_is_trainable_moves(
 
 
 @given(
-    backbone=strategies.backbones(),
+    make_backbone=strategies.backbone_makers(),
     outer=strategies.outer_models,
     optimizer=strategies.optimizers(),
     run_eagerly=eagerly,
@@ -94,9 +94,15 @@ def test_in_a_partly_unfrozen_backbone_only_what_is_trainable_moves(
 )
 @settings(max_examples=20)
 def test_statistics_are_constant_over_a_switch(
-    backbone, outer, optimizer, run_eagerly, inference_mode, train_batchnorm, restore_best_weights
+    make_backbone,
+    outer,
+    optimizer,
+    run_eagerly,
+    inference_mode,
+    train_batchnorm,
+    restore_best_weights,
 ):
-    wrapper = FrozenBackbone(backbone, inference_mode=inference_mode)
+    wrapper = FrozenBackbone(make_backbone(), inference_mode=inference_mode)
     model = outer(wrapper, head())
     x, _ = regression_data()
     model(x)

@@ -114,14 +114,18 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     Example:
 
-    >>> inputs = keras.Input((96, 96, 3))
-    >>> base = keras.applications.MobileNetV2((96, 96, 3), include_top=False, weights=None)
-    >>> x = FrozenBackbone(base)(inputs)
-    >>> x = keras.layers.GlobalAveragePooling2D()(x)
-    >>> model = keras.Model(inputs, keras.layers.Dense(1)(x))
-    >>> model.compile("adam", keras.losses.BinaryCrossentropy(from_logits=True))
-    >>> fine_tuning = UnfreezeAtConvergence(learning_rate=1e-5, patience=3, fine_tune_patience=3)
-    >>> # model.fit(train, validation_data=val, epochs=50, callbacks=[fine_tuning])
+    >>> import numpy as np
+    >>> from keras_tl import FrozenBackbone
+    >>> pretrained = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model = keras.Sequential([FrozenBackbone(pretrained), keras.layers.Dense(1)])
+    >>> model.compile("adam", "mse")
+    >>> fine_tuning = UnfreezeAtConvergence(learning_rate=1e-5, max_frozen_epochs=2, verbose=0)
+    >>> x, y = np.ones((32, 8)), np.ones((32, 1))
+    >>> history = model.fit(
+    ...     x, y, epochs=4, validation_split=0.5, callbacks=[fine_tuning], verbose=0
+    ... )
+    >>> history.history["stage"]
+    [0, 0, 1, 1]
 
     References:
 
@@ -184,16 +188,16 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self._check_optimizers()
         self._beside = internals.callbacks_beside(self)
         self._backbones = Backbones(self.model, self.backbone, self.layers, self.train_batchnorm)
-        self._freeze_untouched()
         self._monitored = MonitoredValue(self.monitor, self.mode, self.model)
         self._best: BestWeights | None = None
         self._switch_reason: str | None = None
         self._stop_reason: str | None = None
         self.transitions = []
-        self._begin_stage(0)
         self._prepared = is_built(self.model)
         if self._prepared:
-            self._prepare()
+            self._backbones.check_selection()
+        self._freeze_untouched()
+        self._begin_stage(1 if self._prepared and not self._backbones.still_frozen() else 0)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._switch_reason is not None:
@@ -205,7 +209,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if not self._prepared:
             # Keras builds a subclassed model in its first step, on TensorFlow.
             self._prepared = True
-            self._prepare()
+            self._begin_stage(0 if self._backbones.still_frozen() else 1)
         last_epoch = epoch + 1 == (self.params or {}).get("epochs")
         value = self._monitored.read(logs, last_epoch=last_epoch)
         logs["learning_rate"] = _learning_rate_of(self.model)
@@ -230,11 +234,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             )
             self._best = None
 
-    # Before the first step, or where the model is only built by it, after the first epoch.
-
-    def _prepare(self) -> None:
-        self._backbones.check_selection()
-        self._begin_stage(0 if self._backbones.still_frozen() else 1)
+    # Before the first step.
 
     def _check_optimizers(self) -> None:
         if self.model.optimizer is None:
@@ -327,8 +327,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             joining = _without(model.trainable_weights, before)
             switching.renew_training(
                 model,
-                self.learning_rate,
-                optimizer=self._own_optimizer(),
+                self.learning_rate if self.optimizer is None else None,
+                optimizer=self.optimizer,
                 keep_evaluation=not any(weight.regularizer for weight in joining),
             )
         self._renewed_optimizer = model.optimizer
@@ -353,12 +353,6 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._best.begin_stage(self._changeable, offset)
         for callback in self._early_stopping():
             callback.on_train_begin()
-
-    def _own_optimizer(self) -> keras.Optimizer | None:
-        """The user's optimizer or, in a later `fit`, which finds it built, a new one like it."""
-        if self.optimizer is None or not self.optimizer.built:
-            return self.optimizer
-        return switching.renew_optimizer(self.optimizer)
 
     # Messages.
 

@@ -6,7 +6,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tl import FrozenBackbone, UnfreezeAtConvergence
+from keras_tl import FrozenBackbone, UnfreezeAtConvergence, switching
 from tests import models
 from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
 
@@ -531,9 +531,10 @@ def test_a_switch_that_fails_leaves_the_model_as_it_was(monkeypatch):
     def fail(*args, **kwargs):
         raise MemoryError("no room for slots")
 
-    monkeypatch.setattr(callback, "_own_optimizer", fail)
+    monkeypatch.setattr(switching.internals, "renew_functions", fail)
     with pytest.raises(MemoryError):
         scripted_fit(model, callback, [1, 2, 3, 4], recorder)
+    monkeypatch.undo()
 
     assert values_of(model) == recorder.records[-1]
     assert not wrapper.trainable
