@@ -1,4 +1,4 @@
-"""What goes wrong without FrozenBackbone. With a Keras that mends it, a test is skipped and says so."""
+"""What goes wrong without FrozenBackbone. A Keras that mends it is noted in a skipped test."""
 
 import keras
 import numpy as np

@@ -308,9 +308,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if value is not None and not math.isfinite(value):
             self._stop_reason = f"{stopped} is {value}."
         elif converged:
-            self._stop_reason = (
-                f"{stopped} has not improved for {self.fine_tune_patience} epochs of fine-tuning."
-            )
+            waited = _epochs(self.fine_tune_patience)
+            self._stop_reason = f"{stopped} has not improved for {waited} of fine-tuning."
         if self._stop_reason is not None:
             self.model.stop_training = True
 
@@ -358,9 +357,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def _describe(self, transition: Transition) -> str:
         why = {
-            "converged": f"{self.monitor} has not improved for {self.patience} epochs",
+            "converged": f"{self.monitor} has not improved for {_epochs(self.patience)}",
             "early_stopping": "EarlyStopping has seen no improvement",
-            "max_frozen_epochs": f"{self.max_frozen_epochs} frozen epochs are over",
+            "max_frozen_epochs": f"it was frozen for {_epochs(self._stage_epochs)}",
         }
         best = "" if transition.value is None else f" (best {transition.value:.4g})"
         return (
@@ -393,6 +392,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 print(message, flush=True)
             else:
                 _logger.info(message)
+
+
+def _epochs(count: int | None) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"
 
 
 def _without(weights: list[keras.Variable], others: list[keras.Variable]) -> list[keras.Variable]:

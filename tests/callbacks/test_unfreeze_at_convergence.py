@@ -5,6 +5,8 @@ import re
 import keras
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence, switching
 from tests import models
@@ -18,6 +20,12 @@ def build(outer=models.functional_outer, optimizer=None, kinds=("dense", "batchn
     model = outer(wrapper, [keras.layers.Dropout(0.5)])
     model.compile(optimizer or keras.optimizers.Adam(0.01), "mse")
     return model, wrapper
+
+
+@pytest.fixture(scope="module")
+def idle_model():
+    """A model that no test trains, for tests that only drive callbacks."""
+    return build()
 
 
 def fit(model, *callbacks, epochs=6, **arguments):
@@ -178,6 +186,38 @@ def test_mode_auto_asks_the_metric():
     script = Scripted("val_r2", [0.1, 0.2, 0.3, 0.3, 0.3])
     history = fit(model, script, callback, epochs=5)
     assert history.history["stage"] == [0, 0, 0, 0, 1]
+
+
+@given(
+    series=st.lists(st.sampled_from([0.1, 0.2, 0.3, 0.4, math.nan, math.inf]), max_size=10),
+    mode=st.sampled_from(["min", "max"]),
+    min_delta=st.sampled_from([0.0, 0.1, 0.15]),
+    patience=st.integers(0, 3),
+    start_from_epoch=st.integers(0, 2),
+)
+@settings(max_examples=60)
+def test_decides_when_early_stopping_stops(idle_model, series, **arguments):
+    model, wrapper = idle_model
+    wrapper.freeze()
+    model.compile("sgd", "mse")
+    stopping = keras.callbacks.EarlyStopping("score", **arguments)
+    callback = UnfreezeAtConvergence(monitor="score", verbose=0, **arguments)
+    for each in (stopping, callback):
+        each.set_model(model)
+        each.on_train_begin()
+    for epoch, value in enumerate(series):
+        callback.on_epoch_begin(epoch)
+        callback.on_epoch_end(epoch, {"score": value})
+        if callback.transitions:
+            break
+        assert not model.stop_training
+        stopping.on_epoch_end(epoch, {"score": value})
+        if model.stop_training:
+            model.stop_training = False
+            callback.on_epoch_begin(epoch + 1)
+            assert [transition.epoch for transition in callback.transitions] == [epoch + 1]
+            return
+    assert callback.transitions == []
 
 
 # Optimizers.
@@ -401,7 +441,7 @@ def test_says_what_it_does_and_what_remains(capsys):
     scripted_fit(model, unfreezer(verbose=1, fine_tune_patience=1), [2, 2, 1, 1, 1])
     printed = capsys.readouterr().out
     assert "Epoch 3: UnfreezeAtConvergence unfreezes" in printed
-    assert f'"{wrapper.backbone.name}": score has not improved for 1 epochs (best 2)' in printed
+    assert f'"{wrapper.backbone.name}": score has not improved for 1 epoch (best 2)' in printed
     assert "5 -> 45 trainable parameters, learning rate 0.01 -> 0.001." in printed
     assert "Epoch 4: UnfreezeAtConvergence stopped: score has not improved" in printed
     assert "restored the best weights, of epoch 3: score 1." in printed
