@@ -316,42 +316,49 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     # The switch.
 
     def _switch(self, epoch: int, reason: str) -> None:
-        model = self.model
-        before = list(model.trainable_weights)
-        rate = _learning_rate_of(model)
-        with switching.all_or_nothing(model, self._changeable):
-            if self._best is not None:
-                self._best.restore_stage()
-            unfrozen = self._backbones.unfreeze()
-            joining = _without(model.trainable_weights, before)
-            switching.renew_training(
-                model,
-                self.learning_rate if self.optimizer is None else None,
-                optimizer=self.optimizer,
-                keep_evaluation=not any(weight.regularizer for weight in joining),
-            )
-        self._renewed_optimizer = model.optimizer
+        before = list(self.model.trainable_weights)
+        rate = _learning_rate_of(self.model)
+        layers = self._fine_tune(before)
         transition = Transition(
             epoch=epoch,
             stage=self.stage + 1,
             reason=reason,
             value=None if self._judge is None else self._judge.best,
             learning_rate_before=rate,
-            learning_rate_after=_learning_rate_of(model),
+            learning_rate_after=_learning_rate_of(self.model),
             trainable_before=freezing.count_params(before),
-            trainable_after=freezing.count_params(model.trainable_weights),
-            layers=tuple(layer.name for layer in unfrozen),
+            trainable_after=freezing.count_params(self.model.trainable_weights),
+            layers=tuple(layer.name for layer in layers),
         )
         self.transitions.append(transition)
         self._say(self._describe(transition))
         self._begin_stage(transition.stage)
-        if self._best is not None:
-            # Only the total loss counts regularizers.
-            totals = self.monitor in ("loss", "val_loss")
-            offset = switching.regularization_loss(joining) if totals else 0.0
-            self._best.begin_stage(self._changeable, offset)
+        self._carry_best_over(_without(self.model.trainable_weights, before))
         for callback in self._early_stopping():
             callback.on_train_begin()
+
+    def _fine_tune(self, before: list[keras.Variable]) -> list[keras.Layer]:
+        """Unfreezes, from the best weights on, and renews the training, or changes nothing."""
+        with switching.all_or_nothing(self.model, self._changeable):
+            if self._best is not None:
+                self._best.restore_stage()
+            layers = self._backbones.unfreeze()
+            joining = _without(self.model.trainable_weights, before)
+            switching.renew_training(
+                self.model,
+                self.learning_rate if self.optimizer is None else None,
+                optimizer=self.optimizer,
+                keep_evaluation=not any(weight.regularizer for weight in joining),
+            )
+        self._renewed_optimizer = self.model.optimizer
+        return layers
+
+    def _carry_best_over(self, joining: list[keras.Variable]) -> None:
+        """Makes the best value comparable: regularizers of the weights that join add to the loss."""
+        if self._best is not None:
+            counts = self.monitor in ("loss", "val_loss")
+            offset = switching.regularization_loss(joining) if counts else 0.0
+            self._best.begin_stage(self._changeable, offset)
 
     # Messages.
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_tl import FrozenBackbone
 from tests import models
-from tests.conftest import as_bytes, regression_data, values_of
+from tests.conftest import Recorder, as_bytes, regression_data, values_of
 
 
 class Probe(keras.layers.Layer):
@@ -39,7 +39,7 @@ def base():
 
 def train(model, epochs=2, **compile_arguments):
     model.compile(keras.optimizers.SGD(0.1), "mse", **compile_arguments)
-    model.fit(*regression_data(), batch_size=8, epochs=epochs, verbose=0)
+    model.fit(*regression_data(), batch_size=8, epochs=epochs, shuffle=False, verbose=0)
 
 
 def paths(layer):
@@ -283,6 +283,31 @@ def test_layers_that_the_backbone_makes_in_build_are_frozen():
 def test_backbone_built_by_fit_trains_once_unfrozen():
     model = models.SubclassedOuter(FrozenBackbone(models.Subclassed(["dense", "dense"])))
     train(model)
+    before = as_bytes(model.backbone.weights)
+    model.backbone.unfreeze()
+    train(model)
+    assert all(a != b for a, b in zip(before, as_bytes(model.backbone.weights)))
+
+
+@pytest.mark.parametrize("run_eagerly", [False, True])
+def test_unfrozen_copy_that_is_built_by_fit_trains(run_eagerly):
+    wrapper = FrozenBackbone(models.Subclassed(["dense", "batchnorm"]))
+    wrapper(regression_data()[0])
+    wrapper.unfreeze()
+    model = models.SubclassedOuter(FrozenBackbone.from_config(wrapper.get_config()))
+    records = Recorder(lambda model: as_bytes(model.backbone.trainable_weights))
+    model.compile("sgd", "mse", run_eagerly=run_eagerly)
+    model.fit(*regression_data(), epochs=2, callbacks=[records], verbose=0)
+    first, second = records.records
+    assert len(first) == 2
+    assert all(a != b for a, b in zip(first, second))
+
+
+def test_evaluating_first_does_not_keep_it_from_training_later():
+    model = models.SubclassedOuter(FrozenBackbone(models.Subclassed(["dense"])))
+    model.compile("sgd", "mse")
+    x, y = regression_data()
+    model.evaluate(x, y, verbose=0)
     before = as_bytes(model.backbone.weights)
     model.backbone.unfreeze()
     train(model)
