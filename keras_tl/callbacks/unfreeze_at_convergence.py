@@ -354,7 +354,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         return layers
 
     def _carry_best_over(self, joining: list[keras.Variable]) -> None:
-        """Makes the best value comparable: regularizers of the weights that join add to the loss."""
+        """Makes the best value comparable: regularizers of weights that join add to the loss."""
         if self._best is not None:
             counts = self.monitor in ("loss", "val_loss")
             offset = switching.regularization_loss(joining) if counts else 0.0
