@@ -191,10 +191,5 @@ def all_or_nothing(model: keras.Model, weights: Iterable[keras.Variable] = ()) -
 
 def regularization_loss(weights: Iterable[keras.Variable]) -> float:
     """Returns what regularizers add to the loss while these weights are trainable."""
-    return float(
-        sum(
-            float(weight.regularizer(weight))
-            for weight in weights
-            if weight.regularizer is not None
-        )
-    )
+    terms = [weight.regularizer(weight) for weight in weights if weight.regularizer is not None]
+    return float(sum(float(keras.ops.convert_to_numpy(term)) for term in terms))
