@@ -156,6 +156,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.learning_rate = switching.check_learning_rate(learning_rate)
         if optimizer is not None:
             _check_optimizer(optimizer, self.learning_rate)
+        if not isinstance(monitor, str):
+            raise ValueError(
+                f"`monitor` must be a name in the logs. Received: monitor={monitor!r}."
+            )
         if mode not in ("auto", "min", "max"):
             raise ValueError(f'`mode` must be "auto", "min" or "max". Received: mode={mode!r}.')
         check_min_delta(min_delta)
@@ -197,7 +201,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if self._prepared:
             self._backbones.check_selection()
         self._freeze_untouched()
-        self._begin_stage(1 if self._prepared and not self._backbones.still_frozen() else 0)
+        self._begin_stage(0)
+        if self._prepared:
+            self._find_stage()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._switch_reason is not None:
@@ -209,7 +215,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if not self._prepared:
             # Keras builds a subclassed model in its first step, on TensorFlow.
             self._prepared = True
-            self._begin_stage(0 if self._backbones.still_frozen() else 1)
+            self._find_stage()
         last_epoch = epoch + 1 == (self.params or {}).get("epochs")
         value = self._monitored.read(logs, last_epoch=last_epoch)
         logs["learning_rate"] = _learning_rate_of(self.model)
@@ -235,6 +241,15 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._best = None
 
     # Before the first step.
+
+    def _find_stage(self) -> None:
+        """Goes on in stage 1 if there is nothing left to unfreeze, as in a model loaded from it."""
+        if not self._backbones.still_frozen():
+            self._begin_stage(1)
+            self._say(
+                f"UnfreezeAtConvergence goes on fine-tuning {self._backbones.names}, which is "
+                f"trainable already, with learning rate {_learning_rate_of(self.model):.4g}."
+            )
 
     def _check_optimizers(self) -> None:
         if self.model.optimizer is None:

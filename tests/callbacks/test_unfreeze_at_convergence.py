@@ -447,6 +447,14 @@ def test_says_what_it_does_and_what_remains(capsys):
     assert "restored the best weights, of epoch 3: score 1." in printed
 
 
+def test_says_that_it_goes_on_fine_tuning(capsys):
+    model, wrapper = build()
+    wrapper.unfreeze()
+    model.compile(keras.optimizers.SGD(0.25), "mse")
+    scripted_fit(model, unfreezer(verbose=1), [1])
+    assert "trainable already, with learning rate 0.25." in capsys.readouterr().out
+
+
 def test_says_nothing_if_not_verbose(capsys):
     model, _ = build()
     scripted_fit(model, unfreezer(), [1, 1, 1])
@@ -465,6 +473,7 @@ def test_says_nothing_if_not_verbose(capsys):
         ({"start_from_epoch": 0.5}, "`start_from_epoch` must be an int"),
         ({"max_frozen_epochs": 0}, "`max_frozen_epochs` must be an int of at least 1.*0"),
         ({"min_delta": math.nan}, "`min_delta` must be a finite number"),
+        ({"monitor": None}, "`monitor` must be a name in the logs.*None"),
         ({"mode": "lowest"}, '`mode` must be "auto", "min" or "max".*lowest'),
         ({"optimizer": "adam"}, "`optimizer` must be a `keras.optimizers.Optimizer`.*'adam'"),
     ],
