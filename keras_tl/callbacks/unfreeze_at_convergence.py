@@ -201,9 +201,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if self._prepared:
             self._backbones.check_selection()
         self._freeze_untouched()
-        self._begin_stage(0)
         if self._prepared:
             self._find_stage()
+        else:
+            self._begin_stage(0)
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._switch_reason is not None:
@@ -244,8 +245,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def _find_stage(self) -> None:
         """Goes on in stage 1 if there is nothing left to unfreeze, as in a model loaded from it."""
-        if not self._backbones.still_frozen():
-            self._begin_stage(1)
+        fine_tuning = not self._backbones.still_frozen()
+        self._begin_stage(1 if fine_tuning else 0)
+        if fine_tuning:
             self._say(
                 f"UnfreezeAtConvergence goes on fine-tuning {self._backbones.names}, which is "
                 f"trainable already, with learning rate {_learning_rate_of(self.model):.4g}."

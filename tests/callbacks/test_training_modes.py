@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import Recorder, as_bytes, regression_data
+from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
 
 X, Y = regression_data(24)
 
@@ -73,6 +73,16 @@ def test_subclassed_model_that_is_not_built_before_fit():
     assert before == frozen
     moved = {path.split("/")[-1] for path in before if before[path] != after[path]}
     assert moved == {"kernel", "bias"}
+
+
+def test_best_weights_of_a_model_that_is_not_built_before_fit():
+    model = models.SubclassedOuter(FrozenBackbone(models.Subclassed(["dense"])))
+    model.compile("adam", "mse")
+    recorder = Recorder(values_of)
+    script = Scripted("score", [1, 0, 2, 3])
+    callback = unfreezer(monitor="score", mode="min", max_frozen_epochs=3)
+    model.fit(X, Y, epochs=4, callbacks=[script, recorder, callback], verbose=0)
+    assert values_of(model) == recorder.records[1] != recorder.records[-1]
 
 
 def test_plain_backbone_in_a_model_that_is_not_built_before_fit():
