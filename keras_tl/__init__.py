@@ -1,15 +1,21 @@
 """Drop-in Keras 3 callbacks and layers for transfer learning."""
 
-from keras_tl.callbacks import UnfreezeAtConvergence
+from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.convergence import ConvergenceMonitor
+from keras_tl.errors import FrozenWeightsChangedError, StaleCompileError
 from keras_tl.layers import FrozenBackbone
+from keras_tl.reporting import trainable_report
 from keras_tl.switching import renew_optimizer
 from keras_tl.version import __version__
 
 __all__ = [
     "ConvergenceMonitor",
+    "FreezeGuard",
     "FrozenBackbone",
+    "FrozenWeightsChangedError",
+    "StaleCompileError",
     "UnfreezeAtConvergence",
     "__version__",
     "renew_optimizer",
+    "trainable_report",
 ]

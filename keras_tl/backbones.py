@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import keras
 
-from keras_tl import freezing
+from keras_tl import freezing, internals
 from keras_tl.layers import FrozenBackbone
 from keras_tl.selecting import (
     Backbone,
@@ -129,6 +129,18 @@ def changeable_weights(model: keras.Model) -> list[keras.Variable]:
     """
     constant = [layer for wrapper in _wrappers(model) for layer in batchnorm_layers(wrapper)]
     return freezing.changeable_weights(model, inference_only=constant)
+
+
+def constant_weights(model: keras.Model) -> list[keras.Variable]:
+    """Returns the weights that training must not change as the flags stand now.
+
+    Besides frozen weights, the moving statistics in every `FrozenBackbone` and in every layer that
+    a Functional model calls with `training=False`, which `fit` overrides up to Keras 3.15.
+    """
+    layers = flatten_layers(model)
+    called = [held for layer in layers for held in internals.called_in_inference_mode(layer)]
+    constant = batchnorm_layers([*_wrappers(model), *called])
+    return freezing.constant_weights(model, inference_only=constant)
 
 
 def _wrappers(model: keras.Model) -> list[keras.Layer]:

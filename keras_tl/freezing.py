@@ -142,6 +142,35 @@ def changeable_weights(
     return weights
 
 
+def constant_weights(
+    model: keras.Model, inference_only: Iterable[keras.Layer] = ()
+) -> list[keras.Variable]:
+    """Returns the weights of the model that training must not change as the flags stand now.
+
+    Args:
+        model: A model; of one that is not built, the weights that there are.
+        inference_only: BatchNormalization layers that are to run in inference mode even where they
+            are trainable.
+
+    Returns:
+        The list of weights: all of the layers that are not trainable, those frozen one by one in
+        others, and the moving statistics of `inference_only`. Weights that another layer trains are
+        not in it.
+    """
+    inference = {id(layer) for layer in inference_only}
+    constant: dict[int, keras.Variable] = {}
+    for layer in flatten_layers(model):
+        weights = internals.own_trainable_weights(layer)
+        if layer.trainable:
+            weights = [weight for weight in weights if not weight.trainable]
+        if not layer.trainable or id(layer) in inference:
+            weights = weights + internals.own_state(layer)
+        constant.update({id(weight): weight for weight in weights})
+    for weight in model.trainable_weights:
+        constant.pop(id(weight), None)
+    return list(constant.values())
+
+
 def count_params(weights: Iterable[keras.Variable]) -> int:
     """Returns how many numbers the weights hold."""
     return sum(math.prod(weight.shape) for weight in weights)

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 
@@ -61,6 +62,21 @@ def outputs_in_graph(model: keras.Model, layer: keras.Layer) -> list[Any]:
     nodes = [node for depth in graph._nodes_by_depth.values() for node in depth]
     calls = [node.outputs for node in nodes if node.operation is layer]
     return [outputs[0] if len(outputs) == 1 else outputs for outputs in calls]
+
+
+def called_in_inference_mode(layer: keras.Layer) -> list[keras.Layer]:
+    """Returns the layers that the graph of a model always calls with `training=False`.
+
+    The layer may be any; only Functional and Sequential models have a graph.
+    """
+    graph = getattr(layer, "_functional", layer)
+    modes: dict[keras.Layer, list[Any]] = {}
+    for depth in getattr(graph, "_nodes_by_depth", {}).values():
+        for node in depth:
+            if isinstance(node.operation, keras.Layer):
+                training = node.arguments.kwargs.get("training")
+                modes.setdefault(node.operation, []).append(training)
+    return [layer for layer, given in modes.items() if all(mode is False for mode in given)]
 
 
 @contextlib.contextmanager
@@ -182,6 +198,30 @@ def renew_functions(model: keras.Model, *, keep_evaluation: bool) -> None:
     model.make_train_function(force=True)
 
 
+def optimizer_weights(optimizer: Any) -> list[Any] | None:
+    """Returns the variables that an optimizer was built to update, or None before it is built."""
+    inner = without_loss_scale(optimizer)
+    return list(inner._trainable_variables) if getattr(inner, "built", False) else None
+
+
+def averaged_values(optimizer: Any) -> list[Any]:
+    """Returns the moving averages of weights that an optimizer with `use_ema` keeps."""
+    inner = without_loss_scale(optimizer)
+    every = [inner, *getattr(inner, "optimizers", [])]
+    averages = [getattr(one, "_model_variables_moving_average", []) for one in every]
+    return [average for some in averages for average in some if average is not None]
+
+
+def has_own_train_step(model: keras.Model) -> bool:
+    """Whether the model's step is not that of Keras, and so may train any weights."""
+    return type(model).train_step is not keras.Model.train_step or "train_step" in vars(model)
+
+
+def flags_when_compiled(model: keras.Model) -> dict[keras.Layer, bool]:
+    """Returns the `trainable` flags that the layers had when the model was compiled."""
+    return dict(getattr(model, "_compiled_trainable_state", {}))
+
+
 def without_loss_scale(optimizer: keras.Optimizer) -> keras.Optimizer:
     """Returns the optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
@@ -194,6 +234,72 @@ def copy_weight_decay_exclusions(source: keras.Optimizer, target: keras.Optimize
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
+
+
+# Values on their devices.
+
+
+def replicas(weight: keras.Variable) -> list[Any]:
+    """Returns the backend's variables behind a weight: one, or one for each replica."""
+    return list(getattr(weight.value, "values", [weight.value]))
+
+
+def device_of(value: Any) -> str:
+    """Returns the name of the device that the value is on, for `on_device`."""
+    return value.device if keras.backend.backend() == "tensorflow" else ""
+
+
+def on_device(name: str) -> contextlib.AbstractContextManager:
+    """Returns a context in which operations run on that device."""
+    return keras.device(name) if name else contextlib.nullcontext()
+
+
+def held_values(weight: keras.Variable) -> list[Any]:
+    """Returns the values that the weight has now on each replica, and keeps them.
+
+    A tensor read from a TensorFlow variable shares its memory until the variable changes, and is
+    left with the old values then: nothing is copied before. JAX gives the memory of a weight away
+    at each step and torch updates it in place, so there the values are copied to the host.
+    """
+    if keras.backend.backend() == "tensorflow":
+        return [variable.read_value() for variable in replicas(weight)]
+    return [np.array(keras.ops.convert_to_numpy(weight))]
+
+
+def fused(function: Callable) -> Callable:
+    """Returns the function such that its steps become one pass over memory, where XLA is."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        return tf.function(function, jit_compile=True, autograph=False)
+    return function
+
+
+def compiled_reading(
+    weights: Sequence[keras.Variable], function: Callable[[list[Any]], Any]
+) -> Callable[[], Any]:
+    """Returns a function without arguments for `function` of the weights' values at that time.
+
+    It is compiled where the backend compiles. 64-bit integers are 64 bits wide in it on JAX too.
+    """
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        variables = [variable for weight in weights for variable in replicas(weight)]
+        return tf.function(
+            lambda: function([variable.read_value() for variable in variables]), autograph=False
+        )
+    if keras.backend.backend() == "jax":
+        import jax
+
+        compiled = jax.jit(function)
+
+        def read_and_compute() -> Any:
+            with jax.enable_x64(True):
+                return compiled([weight.value for weight in weights])
+
+        return read_and_compute
+    return lambda: function([keras.ops.stop_gradient(weight.value) for weight in weights])
 
 
 # Callbacks: what is beside ours in the list given to `fit`.

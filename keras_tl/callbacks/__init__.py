@@ -1,5 +1,6 @@
 """Callbacks of keras_tl."""
 
+from keras_tl.callbacks.freeze_guard import FreezeGuard
 from keras_tl.callbacks.unfreeze_at_convergence import Transition, UnfreezeAtConvergence
 
-__all__ = ["Transition", "UnfreezeAtConvergence"]
+__all__ = ["FreezeGuard", "Transition", "UnfreezeAtConvergence"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import logging
 import math
 import warnings
 from typing import Any
@@ -14,12 +13,11 @@ import keras
 from keras_tl import freezing, internals, switching
 from keras_tl.backbones import Backbones, changeable_weights
 from keras_tl.best_weights import BestWeights
+from keras_tl.callbacks.messages import say
 from keras_tl.callbacks.monitored_value import MonitoredValue
 from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
 from keras_tl.selecting import Backbone, Selection, is_built
 from keras_tl.switching import LearningRate
-
-_logger = logging.getLogger("keras_tl")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -412,10 +410,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def _say(self, message: str) -> None:
         if self.verbose:
-            if keras.config.is_interactive_logging_enabled():
-                print(message, flush=True)
-            else:
-                _logger.info(message)
+            say(message)
 
 
 def _epochs(count: int | None) -> str:

@@ -1,0 +1,356 @@
+"""A callback that proves that frozen weights did not move, or says which did, when and why."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import keras
+
+from keras_tl import backbones, diagnosis
+from keras_tl.callbacks.messages import say
+from keras_tl.diagnosis import STALE_COMPILE, Cause
+from keras_tl.errors import (
+    FrozenWeightsChangedError,
+    Moment,
+    StaleCompileError,
+    WeightChange,
+    describe_changes,
+    describe_stale_compile,
+)
+from keras_tl.freezing import count_params
+from keras_tl.selecting import Selection, is_built, select_layers
+from keras_tl.watch import Change, WeightWatch
+
+_ACTIONS = ("raise", "warn", "restore")
+
+
+class FreezeGuard(keras.callbacks.Callback):
+    """Watches the weights that must not change, and says which one did, when and why.
+
+    It watches, bit for bit: the weights of all layers that are not trainable, weights that were
+    frozen one by one, and the moving statistics of BatchNormalization layers in a `FrozenBackbone`
+    or called with `training=False` in a Functional model, trainable or not. What changes by right
+    (statistics in the head, seeds, metrics) is not watched. The set is read from the model at each
+    epoch's begin, so it follows `UnfreezeAtConvergence` and what is unfrozen between fits. Place it
+    after `UnfreezeAtConvergence` in the list.
+
+    Before a step is lost, when `fit` and each epoch begin, it also holds the optimizer against what
+    is trainable: on TensorFlow, Keras goes on training a layer that was frozen after `compile`.
+
+    A check is one pass over the weights on their device; see `keras_tl.fingerprints`, which proves
+    that every change of one element of up to 32 bits is seen, and any other is missed with a
+    probability below 2**-27. To tell what has changed by how much, the old values are kept: on
+    TensorFlow they take no memory until a weight changes, and then that of this weight; on JAX and
+    torch they are a copy of the watched weights in the host's memory, whatever the `action`. An
+    error takes the changed weights' size in float64, on the host.
+
+    Args:
+        layers: Which layers of the model are watched in addition, trainable or not, with all their
+            weights; see `FrozenBackbone.unfreeze`. Defaults to `None`.
+        check: `"epoch"`, `"batch"`, or an int n for every n batches. There is a check at each
+            epoch's end and when `fit` ends in any case. On JAX, checking batches makes `fit` wait
+            for each step. Defaults to `"epoch"`.
+        action: `"raise"` a `FrozenWeightsChangedError`, or its subclass `StaleCompileError`;
+            `"warn"`, once for each weight, and take the new value as the one to keep; or
+            `"restore"`, which puts the old value back, counts it in `restored`, and warns, once for
+            each weight. Defaults to `"raise"`.
+        verbose: 0 or 1. Whether it says at the end of `fit` what it has watched. Defaults to `1`.
+
+    Attributes:
+        restored: Dictionary from weights' paths to how many times they were restored in this `fit`.
+
+    Raises:
+        ValueError: For an argument that is out of range, and if `layers` selects nothing.
+        FrozenWeightsChangedError: With `action="raise"`. The model is left as it was found.
+        StaleCompileError: The same, if the optimizer or train step was made for other weights than
+            are trainable.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_tl import FrozenBackbone
+    >>> pretrained = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model = keras.Sequential([FrozenBackbone(pretrained), keras.layers.Dense(1)])
+    >>> model.compile("adam", "mse")
+    >>> x, y = np.ones((32, 8)), np.ones((32, 1))
+    >>> history = model.fit(x, y, callbacks=[FreezeGuard()], verbose=0)
+    FreezeGuard: all 2 weights that must not change (36 parameters) are as they were, bit for bit.
+
+    In a training loop of one's own, or around anything else:
+
+    >>> with FreezeGuard(verbose=0).watching(model) as guard:
+    ...     for _ in range(3):
+    ...         loss = model.train_on_batch(x, y)
+    ...         guard.check()
+    """
+
+    def __init__(
+        self,
+        *,
+        layers: Selection | None = None,
+        check: str | int = "epoch",
+        action: str = "raise",
+        verbose: int = 1,
+    ):
+        super().__init__()
+        self._batches_between = _batches_between(check)
+        if action not in _ACTIONS:
+            raise ValueError(f"`action` must be one of {_ACTIONS}. Received: action={action!r}.")
+        self.layers = layers
+        self.action = action
+        self.verbose = verbose
+        self.restored: collections.Counter[str] = collections.Counter()
+        if self._batches_between:
+            # As an attribute and not a method: Keras waits for each batch if the class has one.
+            self.on_train_batch_end = self._on_train_batch_end
+        self._watch = WeightWatch([])
+        self._now = self._clean = Moment(None, None, 0)
+        self._optimizer: keras.Optimizer | None = None
+        self._in_loop = False
+        self._restart()
+
+    # Hooks, in the order in which `fit` calls them.
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        # Weights are watched from the first epoch's begin on: until then callbacks load some.
+        self._restart()
+        if is_built(self.model):
+            self._weights_to_watch()
+        self._check_compiled()
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        self._now = Moment(epoch, -1, self._now.check)
+        self._batch_checked = -1
+        self._check_compiled()
+        self._look()
+        self._follow()
+        self._clean = self._now
+
+    def _on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        if batch - self._batch_checked >= self._batches_between:
+            self._batch_checked = batch
+            self._check_at(self._now.epoch, batch)
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        steps = (self.params or {}).get("steps")
+        self._check_at(epoch, None if steps is None else steps - 1)
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        if self._watching:
+            self._check_at(self._now.epoch, self._now.batch)
+            if self.verbose:
+                say(self._summary())
+        self._now = Moment(None, None, self._now.check)
+        if not self._in_loop:
+            self._stop()
+
+    # Outside `fit`.
+
+    @contextlib.contextmanager
+    def watching(
+        self, model: keras.Model, *, optimizer: keras.Optimizer | None = None
+    ) -> Iterator[FreezeGuard]:
+        """Returns a context in which the model's weights are watched.
+
+        They are checked when it ends, unless by an exception, and whenever `check` is called.
+
+        Args:
+            model: The model to watch, compiled or not.
+            optimizer: The optimizer of your training loop, for telling a side effect of it from
+                other changes. Defaults to the compiled model's.
+
+        Returns:
+            A context manager, which gives the guard.
+
+        Raises:
+            FrozenWeightsChangedError: With `action="raise"`.
+
+        Example:
+
+        >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+        >>> with FreezeGuard().watching(model):
+        ...     _ = model.predict(keras.ops.ones((1, 2)), verbose=0)
+        """
+        self.set_model(model)
+        self._restart()
+        self._optimizer = optimizer
+        self._in_loop = True
+        try:
+            self._follow()
+            yield self
+            self.check()
+        finally:
+            self._in_loop = False
+            self._optimizer = None
+            self._stop()
+
+    def check(self) -> None:
+        """Checks the watched weights now.
+
+        Raises:
+            FrozenWeightsChangedError: With `action="raise"`, if one has changed.
+            RuntimeError: If nothing is being watched.
+        """
+        if not self._watching:
+            raise RuntimeError(
+                "FreezeGuard has nothing to hold the weights against. Call `check()` inside "
+                "`with guard.watching(model):`, or while `fit` runs with the guard among its "
+                "callbacks."
+            )
+        self._check_at(self._now.epoch, self._now.batch)
+
+    # What is watched.
+
+    def _restart(self) -> None:
+        self._now = self._clean = Moment(None, None, 0)
+        self._watching = False
+        self._all_built = False
+        self._warned: set[int] = set()
+        self._warned_of_compile = False
+        self._batch_checked = -1
+        self.restored.clear()
+
+    def _stop(self) -> None:
+        self._watching = False
+        self._watch.end()
+
+    def _weights_to_watch(self) -> list[keras.Variable]:
+        weights = backbones.constant_weights(self.model)
+        if self.layers is not None and is_built(self.model):
+            for layer in select_layers(self.model, self.layers, count_batchnorm=True):
+                weights += layer.weights
+        return list({id(weight): weight for weight in weights}.values())
+
+    def _follow(self) -> None:
+        """Watches what must not change now; what has not been watched yet, from now on."""
+        weights = self._weights_to_watch()
+        self._all_built = is_built(self.model)
+        if not _same(weights, self._watch.weights):
+            self._watch = WeightWatch(weights)
+        elif not self._watching:
+            self._watch.begin()
+        self._watching = True
+
+    # Checking.
+
+    def _check_compiled(self) -> None:
+        mismatch = diagnosis.stale_compile(self.model)
+        if not mismatch:
+            return
+        still_training = [weight.path for weight in mismatch.still_training]
+        not_training = [weight.path for weight in mismatch.not_training]
+        message = describe_stale_compile(still_training, not_training, STALE_COMPILE.remedy)
+        if self.action == "raise":
+            raise StaleCompileError(
+                message, still_training=still_training, not_training=not_training
+            )
+        if not self._warned_of_compile:
+            self._warned_of_compile = True
+            warnings.warn(message, stacklevel=2)
+
+    def _check_at(self, epoch: int | None, batch: int | None) -> None:
+        self._now = Moment(epoch, batch, self._now.check + 1)
+        if self._look() or not self._all_built:
+            self._follow()
+        self._clean = self._now
+
+    def _look(self) -> bool:
+        """Acts on weights that have changed and must not. Returns whether any has changed."""
+        model = self.model  # Which brings the weights up to date, on JAX.
+        changes = self._watch.changes() if self._watching else []
+        if changes:
+            # The set may be smaller by now: a callback behind this one may have unfrozen layers.
+            watched = {id(weight) for weight in self._weights_to_watch()}
+            wrong = [change for change in changes if id(change.weight) in watched]
+            if wrong:
+                self._act(model, wrong)
+        return bool(changes)
+
+    def _act(self, model: keras.Model, changes: Sequence[Change]) -> None:
+        own_loop = self._now.epoch is None
+        optimizer = self._optimizer or getattr(model, "optimizer", None)
+        causes = diagnosis.find_causes(model, changes, optimizer, own_loop=own_loop)
+        if self.action == "raise":
+            raise self._error(changes, causes)
+        if self.action == "restore":
+            self._watch.restore(changes)
+            self.restored.update(change.weight.path for change in changes)
+        fresh = [
+            (change, cause)
+            for change, cause in zip(changes, causes, strict=True)
+            if id(change.weight) not in self._warned
+        ]
+        if fresh:
+            self._warned.update(id(change.weight) for change, _ in fresh)
+            did = " They were restored." if self.action == "restore" else ""
+            warnings.warn(f"{self._error(*zip(*fresh, strict=True))}{did}", stacklevel=2)
+        if self.action == "warn":
+            self._watch.begin()
+
+    # Messages.
+
+    def _error(
+        self, changes: Sequence[Change], causes: Sequence[Cause]
+    ) -> FrozenWeightsChangedError:
+        records = [
+            WeightChange(
+                path=change.weight.path,
+                cause=cause.name,
+                remedy=cause.remedy,
+                largest_change=change.largest,
+                difference=change.difference,
+                last_clean=self._clean,
+                detected=self._now,
+            )
+            for change, cause in zip(changes, causes, strict=True)
+        ]
+        message = describe_changes(records)
+        if STALE_COMPILE not in causes:
+            return FrozenWeightsChangedError(message, records)
+        mismatch = diagnosis.stale_compile(self.model)
+        return StaleCompileError(
+            message,
+            records,
+            still_training=[weight.path for weight in mismatch.still_training],
+            not_training=[weight.path for weight in mismatch.not_training],
+        )
+
+    def _summary(self) -> str:
+        weights = self._watch.weights
+        total = (
+            f"{len(weights)} weights that must not change ({count_params(weights):,} parameters)"
+        )
+        if self.restored:
+            times = self.restored.total()
+            return (
+                f"FreezeGuard restored {len(self.restored)} of the {total}, {_times(times)} in all."
+            )
+        if self._warned:
+            return f"FreezeGuard: {len(self._warned)} of the {total} have changed."
+        return f"FreezeGuard: all {total} are as they were, bit for bit."
+
+
+def _batches_between(check: Any) -> int:
+    """Returns every how many batches to check, or 0 for not at batches."""
+    if check == "epoch":
+        return 0
+    if check == "batch":
+        return 1
+    if isinstance(check, int) and not isinstance(check, bool) and check >= 1:
+        return check
+    raise ValueError(
+        '`check` must be "epoch", "batch", or an int of at least 1, for every that many batches. '
+        f"Received: check={check!r}."
+    )
+
+
+def _same(first: Sequence[keras.Variable], second: Sequence[keras.Variable]) -> bool:
+    return [id(weight) for weight in first] == [id(weight) for weight in second]
+
+
+def _times(count: int) -> str:
+    return "once" if count == 1 else f"{count} times"
