@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable
 
 import keras
-import numpy as np
+
+from keras_tl import internals
 
 
 class Snapshot:
@@ -27,9 +28,7 @@ class Snapshot:
     """
 
     def __init__(self, weights: Iterable[keras.Variable]):
-        self._copies = [
-            (weight, np.array(keras.ops.convert_to_numpy(weight))) for weight in weights
-        ]
+        self._copies = [(weight, internals.on_host(weight)) for weight in weights]
 
     @property
     def nbytes(self) -> int:

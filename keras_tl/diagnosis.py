@@ -79,22 +79,27 @@ def stale_compile(model: keras.Model) -> Mismatch:
     step, not for those at `compile`. In a model with a `train_step` of its own an optimizer that
     knows only some of the trainable weights is what was meant, unless flags have changed since
     `compile`. One that was compiled while a weight that it knows was frozen is not stale: Keras'
-    train step does not hand it that weight.
+    train step does not hand it that weight. Unless it has trained before with `use_ema`: it writes
+    averages back by position, and so to the wrong weights.
     """
-    known = _known(model, getattr(model, "optimizer", None))
+    optimizer = getattr(model, "optimizer", None)
+    known = _known(model, optimizer)
     if known is None:
         return Mismatch([], [])
     flags = internals.flags_when_compiled(model)
+    own_step = internals.has_own_train_step(model)
+    averages = bool(internals.averaged_values(optimizer)) and not own_step
+    misplaces = averages and int(optimizer.iterations) > 0
     frozen = known - {id(weight) for weight in model.trainable_weights}
     still_training = [
         weight
         for layer in flatten_layers(model)
         for weight in internals.own_trainable_weights(layer)
-        if id(weight) in frozen and flags.get(layer, True)
+        if id(weight) in frozen and (misplaces or flags.get(layer, True))
     ]
     not_training = [weight for weight in model.trainable_weights if id(weight) not in known]
     unchanged = all(layer.trainable == flag for layer, flag in flags.items())
-    if unchanged and internals.has_own_train_step(model):
+    if unchanged and own_step:
         not_training = []
     return Mismatch(still_training, not_training)
 

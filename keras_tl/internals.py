@@ -254,6 +254,15 @@ def on_device(name: str) -> contextlib.AbstractContextManager:
     return keras.device(name) if name else contextlib.nullcontext()
 
 
+def on_host(value: Any) -> np.ndarray:
+    """Returns a weight's or tensor's values as a NumPy array.
+
+    In one dimension on the way: `convert_to_numpy` fails for a single bfloat16 number.
+    """
+    flat = keras.ops.convert_to_numpy(keras.ops.reshape(value, (-1,)))
+    return np.array(flat).reshape(value.shape)
+
+
 def held_values(weight: keras.Variable) -> list[Any]:
     """Returns the values that the weight has now on each replica, and keeps them.
 
@@ -263,7 +272,7 @@ def held_values(weight: keras.Variable) -> list[Any]:
     """
     if keras.backend.backend() == "tensorflow":
         return [variable.read_value() for variable in replicas(weight)]
-    return [np.array(keras.ops.convert_to_numpy(weight))]
+    return [on_host(weight)]
 
 
 def fused(function: Callable) -> Callable:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import Any
 
 import keras
 import numpy as np
@@ -90,14 +89,10 @@ class WeightWatch:
     def _change_of(self, weight: keras.Variable) -> Change | None:
         """Compares the weight with what was kept of it, on each replica."""
         for before, after in zip(self._held[id(weight)], internals.replicas(weight), strict=True):
-            change = Change(weight, _on_host(before), _on_host(after))
+            change = Change(weight, internals.on_host(before), internals.on_host(after))
             if (_bits(change.before) != _bits(change.after)).any():
                 return change
         return None
-
-
-def _on_host(value: Any) -> np.ndarray:
-    return np.asarray(keras.ops.convert_to_numpy(value))
 
 
 def _bits(array: np.ndarray) -> np.ndarray:

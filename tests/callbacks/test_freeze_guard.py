@@ -1,0 +1,707 @@
+"""FreezeGuard: which weights it watches, what it says and does when one changes."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    FrozenWeightsChangedError,
+    StaleCompileError,
+    UnfreezeAtConvergence,
+)
+from tests import models
+from tests.conftest import as_bytes, regression_data
+
+EPOCHS, BATCHES = 3, 4
+
+
+class At(keras.callbacks.Callback):
+    """Calls a function of the model in one hook, the n-th time it is called."""
+
+    def __init__(self, hook, n, function):
+        super().__init__()
+        self.calls = 0
+
+        def call(*args, **kwargs):
+            self.calls += 1
+            if self.calls == n:
+                function(self.model)
+
+        setattr(self, hook, call)
+
+
+def build(kinds=("dense", "batchnorm", "dense"), head=(), optimizer=None, **compile_arguments):
+    wrapper = FrozenBackbone(models.functional(kinds))
+    model = models.functional_outer(wrapper, head)
+    model.compile(optimizer or keras.optimizers.Adam(0.01), "mse", **compile_arguments)
+    return model, wrapper
+
+
+def fit(model, *callbacks, epochs=EPOCHS, **arguments):
+    x, y = regression_data()
+    return model.fit(
+        x, y, batch_size=4, epochs=epochs, callbacks=list(callbacks), verbose=0, **arguments
+    )
+
+
+def add_one(weight):
+    weight.assign_add(np.ones(weight.shape))
+
+
+def caught(model, *callbacks, **arguments):
+    with pytest.raises(FrozenWeightsChangedError) as caught:
+        fit(model, *callbacks, **arguments)
+    return caught.value
+
+
+# What is watched.
+
+
+def test_head_and_seeds_may_change():
+    model, _ = build(head=[keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)])
+    before = as_bytes(model.weights)
+    fit(model, FreezeGuard(check="batch", verbose=0))
+    assert as_bytes(model.weights) != before
+
+
+@pytest.mark.parametrize("index", range(8))
+def test_every_weight_of_a_frozen_backbone_is_watched(index):
+    model, wrapper = build()
+    weight = wrapper.backbone.weights[index]
+    error = caught(model, FreezeGuard(), At("on_train_batch_end", 2, lambda _: add_one(weight)))
+    assert error.paths == [weight.path]
+
+
+def test_plain_frozen_layers_are_watched():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+    model.layers[0].trainable = False
+    model.compile("sgd", "mse")
+    bias = model.layers[0].bias
+    assert caught(
+        model, FreezeGuard(), At("on_train_batch_end", 1, lambda _: add_one(bias))
+    ).paths == [bias.path]
+
+
+def test_weights_frozen_one_by_one_are_watched():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+    model.layers[0].kernel.trainable = False
+    model.compile("sgd", "mse")
+    kernel, bias = model.layers[0].weights
+
+    fit(model, FreezeGuard(verbose=0), At("on_train_batch_end", 1, lambda _: add_one(bias)))
+    error = caught(model, FreezeGuard(), At("on_train_batch_end", 1, lambda _: add_one(kernel)))
+
+    assert error.paths == [kernel.path]
+
+
+def test_a_kernel_that_lora_froze_is_watched():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+    model.layers[0].enable_lora(2)
+    model.compile("sgd", "mse")
+    fit(model, FreezeGuard(verbose=0))
+    kernel = model.layers[0]._kernel
+    error = caught(model, FreezeGuard(), At("on_train_batch_end", 1, lambda _: add_one(kernel)))
+    assert error.paths == [kernel.path]
+
+
+def test_a_weight_shared_with_a_layer_that_trains_is_not_watched():
+    class Tied(keras.layers.Layer):
+        def __init__(self, dense):
+            super().__init__()
+            self.kernel = dense.kernel
+
+        def call(self, x):
+            return x @ keras.ops.transpose(self.kernel)
+
+    dense = keras.layers.Dense(4)
+    dense.build((None, 4))
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(Tied(dense)(dense(inputs))))
+    dense.trainable = False
+    dense.kernel.trainable = True
+    model.compile("sgd", "mse")
+    before = np.array(dense.kernel)
+    fit(model, FreezeGuard(verbose=0))
+    assert not np.array_equal(np.array(dense.kernel), before)
+
+
+def test_statistics_of_an_unfrozen_backbone_are_watched():
+    model, wrapper = build()
+    wrapper.unfreeze(train_batchnorm=True)
+    model.compile("adam", "mse")
+    mean = models.statistics(wrapper)[0]
+    fit(model, FreezeGuard(verbose=0))
+    error = caught(model, FreezeGuard(), At("on_train_batch_end", 1, lambda _: add_one(mean)))
+    assert (error.paths, error.changes[0].cause) == ([mean.path], "overwritten")
+
+
+def test_layers_adds_to_what_is_watched():
+    model, _ = build()
+    error = caught(model, FreezeGuard(layers="output"))
+    assert {change.cause for change in error.changes} == {"trained"}
+    assert error.paths == [weight.path for weight in model.get_layer("output").weights]
+
+
+def test_a_selection_that_matches_nothing_is_an_error_before_a_step():
+    model, _ = build()
+    before = as_bytes(model.weights)
+    with pytest.raises(ValueError, match='Did you mean "output"'):
+        fit(model, FreezeGuard(layers="outputt"))
+    assert as_bytes(model.weights) == before
+
+
+def test_a_subclassed_model_is_watched_once_it_is_built():
+    wrapper = FrozenBackbone(models.Subclassed(["dense", "batchnorm"]))
+    model = models.SubclassedOuter(wrapper, [keras.layers.BatchNormalization()])
+    model.compile("adam", "mse")
+    guard = FreezeGuard(check="batch")
+    overwrite = At("on_train_batch_end", 3, lambda _: add_one(wrapper.backbone.weights[0]))
+    error = caught(model, overwrite, guard)
+    assert str(error.changes[0].last_clean) == "epoch 1, batch 2"
+
+
+def test_a_model_without_frozen_weights_is_no_error(capsys):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    fit(model, FreezeGuard())
+    assert "all 0 weights" in capsys.readouterr().out
+
+
+# When it looks.
+
+
+@pytest.mark.parametrize(
+    ("check", "batch", "last_clean", "detected"),
+    [
+        ("epoch", 6, "epoch 2, begin", "epoch 2, batch 4"),
+        ("batch", 6, "epoch 2, batch 1", "epoch 2, batch 2"),
+        (2, 5, "epoch 2, begin", "epoch 2, batch 2"),
+        (3, 8, "epoch 2, batch 3", "epoch 2, batch 4"),
+    ],
+)
+def test_the_first_check_after_a_change_reports_it(check, batch, last_clean, detected):
+    model, wrapper = build()
+    weight = wrapper.backbone.weights[0]
+    overwrite = At("on_train_batch_end", batch, lambda _: add_one(weight))
+    error = caught(model, overwrite, FreezeGuard(check=check))
+    change = error.changes[0]
+    assert (str(change.last_clean), str(change.detected)) == (last_clean, detected)
+    assert detected in str(error)
+    assert last_clean in str(error)
+
+
+@pytest.mark.parametrize("hook", ["on_epoch_end", "on_test_end", "on_train_end"])
+def test_a_change_by_a_later_callback_is_reported(hook):
+    model, wrapper = build()
+    overwrite = At(hook, 1, lambda _: add_one(wrapper.backbone.weights[0]))
+    callbacks = [overwrite, FreezeGuard()] if hook == "on_train_end" else [FreezeGuard(), overwrite]
+    error = caught(model, *callbacks, validation_data=regression_data())
+    assert error.changes[0].cause == "overwritten"
+
+
+def test_what_is_loaded_before_the_first_epoch_is_what_must_stay():
+    model, wrapper = build()
+    load = At("on_train_begin", 1, lambda _: add_one(wrapper.backbone.weights[0]))
+    fit(model, FreezeGuard(verbose=0), load)
+
+
+def test_weights_may_change_between_fits():
+    model, wrapper = build()
+    guard = FreezeGuard(verbose=0)
+    fit(model, guard)
+    add_one(wrapper.backbone.weights[0])
+    fit(model, guard)
+
+
+def test_batches_are_only_hooked_when_asked_for():
+    def has_batch_hook(guard):
+        method = guard.on_train_batch_end
+        return not getattr(method, "_is_default", False)
+
+    assert not has_batch_hook(FreezeGuard())
+    assert has_batch_hook(FreezeGuard(check="batch"))
+    assert has_batch_hook(FreezeGuard(check=5))
+
+
+# Switches.
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_switch_in_fit_is_followed(first, capsys):
+    model, wrapper = build()
+    guard = FreezeGuard(check="batch")
+    switch = UnfreezeAtConvergence(0.01, max_frozen_epochs=1, verbose=0)
+    before = as_bytes(wrapper.trainable_weights or wrapper.backbone.layers[1].weights)
+    callbacks = [guard, switch] if first else [switch, guard]
+    fit(model, *callbacks, validation_data=regression_data())
+    assert as_bytes(wrapper.backbone.layers[1].weights) != before
+    # The BatchNormalization layer is what stays frozen.
+    assert "all 4 weights that must not change" in capsys.readouterr().out
+
+
+def test_what_stays_frozen_is_watched_over_a_switch():
+    model, wrapper = build()
+    switch = UnfreezeAtConvergence(0.01, max_frozen_epochs=1, verbose=0)
+    mean = models.statistics(wrapper)[0]
+    overwrite = At("on_epoch_begin", 3, lambda _: add_one(mean))
+    error = caught(model, switch, FreezeGuard(), overwrite, validation_data=regression_data())
+    assert error.paths == [mean.path]
+
+
+def test_unfreezing_and_compiling_between_fits_is_followed():
+    model, wrapper = build()
+    guard = FreezeGuard(verbose=0)
+    fit(model, guard)
+    before = as_bytes(wrapper.backbone.weights)
+    wrapper.unfreeze()
+    model.compile("adam", "mse")
+    fit(model, guard)
+    assert as_bytes(wrapper.backbone.weights) != before
+
+
+# Stale compile.
+
+
+def stale_by_freezing():
+    model, wrapper = build()
+    wrapper.unfreeze()
+    model.compile("adam", "mse")
+    fit(model)
+    wrapper.freeze()
+    return model, [
+        w.path for w in wrapper.backbone.layers[1].weights + wrapper.backbone.layers[3].weights
+    ]
+
+
+def test_freezing_after_fit_without_compile_is_an_error_before_a_step():
+    model, paths = stale_by_freezing()
+    before = as_bytes(model.weights)
+    with pytest.raises(StaleCompileError, match=r"Call `model.compile\(...\)` again") as caught:
+        fit(model, FreezeGuard())
+    assert list(caught.value.still_training) == paths
+    assert caught.value.changes == ()
+    assert as_bytes(model.weights) == before
+
+
+def test_without_the_guard_keras_trains_on_what_was_frozen():
+    model, _ = stale_by_freezing()
+    kernel = model.layers[1].backbone.layers[1].kernel
+    before = np.array(kernel)
+    fit(model)
+    assert not np.array_equal(np.array(kernel), before)
+
+
+def test_unfreezing_after_fit_without_compile_is_an_error_before_a_step():
+    model, wrapper = build()
+    fit(model)
+    wrapper.unfreeze()
+    before = as_bytes(model.weights)
+    with pytest.raises(StaleCompileError, match="unknown to the optimizer") as caught:
+        fit(model, FreezeGuard())
+    assert len(caught.value.not_training) == 4
+    assert as_bytes(model.weights) == before
+
+
+def test_freezing_in_mid_fit_is_an_error_at_the_next_epoch():
+    model, wrapper = build()
+    wrapper.unfreeze()
+    model.compile("adam", "mse")
+    epochs = []
+    count = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
+    with pytest.raises(StaleCompileError):
+        fit(model, FreezeGuard(), At("on_epoch_end", 1, lambda _: wrapper.freeze()), count)
+    assert epochs == [0]
+
+
+def test_freezing_between_compile_and_the_first_fit_is_no_error():
+    model, wrapper = build()
+    wrapper.unfreeze()
+    model.compile("adam", "mse")
+    wrapper.freeze()
+    fit(model, FreezeGuard(verbose=0))
+
+
+def test_compiling_again_with_the_same_optimizer_is_no_error():
+    optimizer = keras.optimizers.Adam(0.01)
+    model, wrapper = build()
+    wrapper.unfreeze()
+    model.compile(optimizer, "mse")
+    fit(model)
+    wrapper.freeze()
+    model.compile(optimizer, "mse")
+    fit(model, FreezeGuard(verbose=0))
+
+
+def test_compiling_again_with_the_same_averaging_optimizer_is_an_error():
+    # Keras would write the averages back by position, to other weights than they are of.
+    optimizer = keras.optimizers.Adam(0.01, use_ema=True)
+    model, wrapper = build()
+    wrapper.unfreeze()
+    model.compile(optimizer, "mse")
+    fit(model)
+    wrapper.freeze()
+    model.compile(optimizer, "mse")
+    with pytest.raises(StaleCompileError):
+        fit(model, FreezeGuard())
+
+
+def test_batchnorm_without_weights_to_train_that_was_frozen_too_late_is_a_stale_compile():
+    norm = keras.layers.BatchNormalization(center=False, scale=False)
+    model = keras.Sequential([keras.Input((4,)), norm, keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    fit(model)
+    norm.trainable = False
+    with pytest.raises(StaleCompileError) as caught:
+        fit(model, FreezeGuard())
+    assert {change.cause for change in caught.value.changes} == {"stale compile"}
+
+
+@pytest.mark.parametrize("action", ["warn", "restore"])
+def test_a_stale_compile_is_warned_of_once(action):
+    model, _ = stale_by_freezing()
+    guard = FreezeGuard(action=action, check="batch", verbose=0)
+    with pytest.warns(UserWarning, match="stale compile") as warned:
+        fit(model, guard)
+    assert sum("made for other weights" in str(w.message) for w in warned) == 1
+
+
+# Other causes.
+
+
+def test_batchnorm_in_training_mode():
+    model, wrapper = build()
+    wrapper.trainable = True
+    model.compile("adam", "mse")
+    x, _ = regression_data()
+    call = At("on_train_batch_end", 2, lambda _: wrapper.backbone(x, training=True))
+    error = caught(model, FreezeGuard(), call)
+    assert error.paths == [weight.path for weight in models.statistics(wrapper)]
+    assert {change.cause for change in error.changes} == {"BatchNormalization in training mode"}
+    assert "FrozenBackbone" in str(error)
+
+
+def test_the_guides_recipe_is_caught_where_it_drifts():
+    base = models.functional(["dense", "batchnorm"])
+    inputs = keras.Input((4,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(base(inputs, training=False)))
+    model.compile("adam", "mse")
+    statistics = models.statistics(base)
+    before = as_bytes(statistics)
+    try:
+        fit(model, FreezeGuard(verbose=0))
+    except FrozenWeightsChangedError as error:
+        assert error.paths == [weight.path for weight in statistics]
+        assert {c.cause for c in error.changes} == {"BatchNormalization in training mode"}
+    else:
+        assert as_bytes(statistics) == before, "this Keras drifts, and the guard did not say so"
+
+
+def test_load_weights_is_overwriting(tmp_path):
+    model, wrapper = build()
+    model.save_weights(tmp_path / "other.weights.h5")
+    for weight in wrapper.backbone.weights:
+        add_one(weight)
+    model.compile("adam", "mse")
+    load = At("on_epoch_end", 2, lambda m: m.load_weights(tmp_path / "other.weights.h5"))
+    with pytest.warns(UserWarning, match="Skipping variable loading"):
+        error = caught(model, load, FreezeGuard())
+    assert error.paths == [weight.path for weight in wrapper.backbone.weights]
+    assert {change.cause for change in error.changes} == {"overwritten"}
+
+
+class HandsAllToTheOptimizer(keras.Model):
+    """A train step that gives the optimizer frozen weights too, without a gradient."""
+
+    def train_step(self, data):
+        x, y = data
+        self(x, training=True)
+        weights = [w for layer in self.layers for w in layer.weights if "moving" not in w.path]
+        self.optimizer.apply([keras.ops.zeros_like(weight) for weight in weights], weights)
+        return {"loss": self.compute_loss(x, y, self(x))}
+
+
+def handing(optimizer):
+    base = models.functional(["dense", "batchnorm"])
+    base.trainable = False
+    inputs = keras.Input((4,))
+    model = HandsAllToTheOptimizer(inputs, keras.layers.Dense(1)(base(inputs)))
+    model.compile(optimizer, "mse")
+    return model, base
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        lambda: keras.optimizers.AdamW(0.01, weight_decay=0.1),
+        lambda: keras.optimizers.SGD(
+            0.01, use_ema=True, ema_momentum=0.3, ema_overwrite_frequency=1
+        ),
+    ],
+    ids=["weight decay", "average"],
+)
+def test_side_effects_of_the_optimizer(optimizer):
+    model, base = handing(optimizer())
+    error = caught(model, FreezeGuard())
+    assert base.layers[1].kernel.path in error.paths
+    assert {change.cause for change in error.changes} == {"optimizer side effect"}
+
+
+def test_an_optimizer_that_is_handed_frozen_weights_but_leaves_them_is_no_error():
+    model, _ = handing(keras.optimizers.SGD(0.01))
+    guard = FreezeGuard(verbose=0)
+    fit(model, guard)
+    fit(model, guard)
+
+
+# What it does.
+
+
+def test_raising_leaves_the_model_as_it_was_found():
+    model, wrapper = build()
+    seen = {}
+
+    def overwrite(_):
+        add_one(wrapper.backbone.weights[0])
+        seen["weights"] = as_bytes(model.weights)
+
+    caught(model, At("on_train_batch_end", 3, overwrite), FreezeGuard(check="batch"))
+    assert as_bytes(model.weights) == seen["weights"]
+    fit(model, FreezeGuard(verbose=0))
+
+
+def test_the_error_carries_differences():
+    model, wrapper = build()
+    bias = wrapper.backbone.layers[1].bias
+
+    def overwrite(_):
+        bias.assign(np.array(bias) + [0.0, 0.5, 0.0, -2.0])
+
+    change = caught(model, FreezeGuard(), At("on_epoch_end", 1, overwrite)).changes[0]
+    assert change.path == bias.path
+    assert change.difference.tolist() == [0.0, 0.5, 0.0, -2.0]
+    assert change.largest_change == 2.0
+    assert (change.detected.epoch, change.detected.batch) == (1, -1)
+
+
+def test_warning_comes_once_for_each_weight():
+    model, wrapper = build()
+    first, second = wrapper.backbone.weights[:2]
+    guard = FreezeGuard(action="warn", check="batch", verbose=0)
+    with pytest.warns(UserWarning, match="must not change") as warned:
+        fit(
+            model,
+            At("on_train_batch_end", 2, lambda _: add_one(first)),
+            At("on_train_batch_end", 4, lambda _: add_one(first)),
+            At("on_train_batch_end", 6, lambda _: add_one(second)),
+            guard,
+        )
+    messages = [str(w.message) for w in warned if "must not change" in str(w.message)]
+    assert [path in m for m in messages for path in (first.path, second.path)] == [
+        True,
+        False,
+        False,
+        True,
+    ]
+
+
+def test_restoring_puts_the_values_back_and_counts(capsys):
+    model, wrapper = build()
+    weight = wrapper.backbone.weights[0]
+    before = as_bytes([weight])
+    guard = FreezeGuard(action="restore", check="batch")
+    with pytest.warns(UserWarning, match="They were restored") as warned:
+        fit(
+            model,
+            At("on_train_batch_end", 2, lambda _: add_one(weight)),
+            At("on_train_batch_end", 4, lambda _: add_one(weight)),
+            guard,
+        )
+    assert as_bytes([weight]) == before
+    assert guard.restored == {weight.path: 2}
+    assert len([w for w in warned if "restored" in str(w.message)]) == 1
+    assert "restored 1 of the 8 weights" in capsys.readouterr().out
+
+
+def test_restoring_does_not_change_how_the_rest_trains():
+    def weights_after(*callbacks):
+        keras.utils.set_random_seed(1)
+        model, wrapper = build()
+        overwrite = At("on_epoch_end", 1, lambda _: add_one(wrapper.backbone.weights[0]))
+        fit(model, *([overwrite, *callbacks] if callbacks else []), shuffle=False)
+        return [value for _, value in as_bytes(model.weights)]
+
+    with pytest.warns(UserWarning, match="restored"):
+        restored = weights_after(FreezeGuard(action="restore", verbose=0))
+    assert restored == weights_after()
+
+
+def test_a_long_table_is_cut():
+    model, wrapper = build(["dense"] * 12)
+    error = caught(
+        model,
+        At("on_epoch_end", 1, lambda _: [add_one(w) for w in wrapper.backbone.weights]),
+        FreezeGuard(),
+    )
+    assert len(error.changes) == 24
+    assert "and 4 more" in str(error)
+
+
+# Beside other callbacks, and other ways to train.
+
+
+def test_beside_callbacks_that_save_and_load(tmp_path):
+    def run(stop_after):
+        keras.utils.set_random_seed(0)
+        model, _ = build()
+
+        def stop(epoch, logs):
+            if epoch + 1 == stop_after:
+                raise KeyboardInterrupt
+
+        fit(
+            model,
+            FreezeGuard(check="batch", verbose=0),
+            keras.callbacks.BackupAndRestore(tmp_path / "backup"),
+            keras.callbacks.ModelCheckpoint(tmp_path / "best.keras", save_best_only=True),
+            keras.callbacks.EarlyStopping(patience=1, restore_best_weights=True),
+            keras.callbacks.LambdaCallback(on_epoch_end=stop),
+            validation_data=regression_data(),
+        )
+
+    with pytest.raises(KeyboardInterrupt):
+        run(stop_after=2)
+    run(stop_after=None)
+
+
+def test_several_steps_in_one_execution():
+    model, wrapper = build(steps_per_execution=4)
+    fit(model, FreezeGuard(check="batch", verbose=0))
+    overwrite = At("on_train_batch_end", 2, lambda _: add_one(wrapper.backbone.weights[0]))
+    error = caught(model, overwrite, FreezeGuard(check="batch"))
+    assert str(error.changes[0].detected) == "epoch 2, batch 4"
+
+
+def test_mixed_precision():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model, wrapper = build()
+        wrapper.unfreeze()
+        model.compile("adam", "mse")
+        fit(model, FreezeGuard(check="batch", verbose=0))
+        wrapper.freeze()
+        with pytest.raises(StaleCompileError):
+            fit(model, FreezeGuard())
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_a_generator_of_unknown_length():
+    model, wrapper = build()
+    x, y = regression_data()
+
+    def batches():
+        for _ in range(3):
+            yield x, y
+
+    guard = FreezeGuard()
+    overwrite = At("on_train_batch_end", 2, lambda _: add_one(wrapper.backbone.weights[0]))
+    with pytest.raises(FrozenWeightsChangedError) as caught:
+        model.fit(batches(), callbacks=[guard, overwrite], verbose=0)
+    assert str(caught.value.changes[0].detected) == "epoch 1, end"
+
+
+# Outside `fit`.
+
+
+def test_watching_checks_at_its_end():
+    model, wrapper = build()
+    x, y = regression_data()
+    with pytest.raises(FrozenWeightsChangedError) as caught, FreezeGuard().watching(model):
+        model.train_on_batch(x, y)
+        wrapper.backbone.weights[0].assign(np.zeros((4, 4)))
+    change = caught.value.changes[0]
+    assert (change.cause, str(change.last_clean)) == ("overwritten", "the begin")
+
+
+def test_watching_checks_when_asked_to():
+    model, wrapper = build()
+    x, y = regression_data()
+    with FreezeGuard().watching(model) as guard:
+        for _ in range(3):
+            model.train_on_batch(x, y)
+            guard.check()
+        kernel = wrapper.backbone.weights[0]
+        before = np.array(kernel)
+        add_one(kernel)
+        with pytest.raises(FrozenWeightsChangedError, match="check 3  .* check 4"):
+            guard.check()
+        kernel.assign(before)
+        guard.check()
+
+
+def test_watching_does_not_hide_another_error():
+    model, wrapper = build()
+    with pytest.raises(ZeroDivisionError), FreezeGuard().watching(model):
+        add_one(wrapper.backbone.weights[0])
+        raise ZeroDivisionError
+
+
+def test_watching_a_training_loop_with_its_own_optimizer():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3), keras.layers.Dense(1)])
+    model.layers[0].trainable = False
+    optimizer = keras.optimizers.AdamW(0.1, weight_decay=0.1)
+    optimizer.build(model.weights)
+    guard = FreezeGuard().watching(model, optimizer=optimizer)
+    with pytest.raises(FrozenWeightsChangedError) as caught, guard:
+        optimizer.apply([keras.ops.zeros_like(w) for w in model.weights], model.weights)
+    assert {change.cause for change in caught.value.changes} == {"optimizer side effect"}
+
+
+def test_watching_around_fit():
+    model, wrapper = build()
+    guard = FreezeGuard(verbose=0)
+    with pytest.raises(FrozenWeightsChangedError), guard.watching(model):
+        fit(model, guard)
+        add_one(wrapper.backbone.weights[0])
+
+
+def test_checking_nothing_is_an_error():
+    guard = FreezeGuard(verbose=0)
+    with pytest.raises(RuntimeError, match="with guard.watching"):
+        guard.check()
+    model, _ = build()
+    fit(model, guard)
+    with pytest.raises(RuntimeError, match="with guard.watching"):
+        guard.check()
+
+
+# Arguments and messages.
+
+
+@pytest.mark.parametrize("check", ["step", 0, -1, 1.5, True, None])
+def test_check_must_be_a_frequency(check):
+    with pytest.raises(ValueError, match="`check` must be"):
+        FreezeGuard(check=check)
+
+
+@pytest.mark.parametrize("action", ["stop", None])
+def test_action_must_be_known(action):
+    with pytest.raises(ValueError, match="`action` must be one of"):
+        FreezeGuard(action=action)
+
+
+def test_it_says_what_it_has_watched(capsys):
+    model, _ = build()
+    fit(model, FreezeGuard())
+    assert capsys.readouterr().out == (
+        "FreezeGuard: all 8 weights that must not change (56 parameters) are as they were, bit for "
+        "bit.\n"
+    )
+
+
+def test_quietly(capsys):
+    model, _ = build()
+    fit(model, FreezeGuard(verbose=0))
+    assert capsys.readouterr().out == ""
