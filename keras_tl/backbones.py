@@ -64,7 +64,11 @@ class Backbones:
         return describe([wrapper.backbone for wrapper in self.wrapped] + self.plain)
 
     def still_frozen(self) -> list[keras.Variable]:
-        """Returns the weights that `unfreeze` would make trainable and that are frozen now."""
+        """Returns the weights that `unfreeze` would make trainable and that are frozen now.
+
+        Raises:
+            ValueError: If `layers` selects nothing in any backbone.
+        """
         return [
             weight
             for target in self._selecting()
@@ -97,10 +101,6 @@ class Backbones:
             else:
                 unfrozen += freezing.unfreeze(target, self._layers)
         return unfrozen
-
-    def check_selection(self) -> None:
-        """Raises a ValueError if `layers` selects nothing in any backbone."""
-        self._selecting()
 
     def _selecting(self) -> list[Backbone]:
         """The backbones in which `layers` selects something: it need not in every one."""

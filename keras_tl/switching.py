@@ -33,9 +33,7 @@ LearningRate: TypeAlias = (
 )
 
 
-def check_learning_rate(
-    learning_rate: LearningRate, argument: str = "learning_rate"
-) -> LearningRate:
+def check_learning_rate(learning_rate: LearningRate) -> LearningRate:
     """Returns the learning rate as an optimizer takes it: numbers as a Python float.
 
     Raises:
@@ -52,8 +50,8 @@ def check_learning_rate(
     if is_number and math.isfinite(learning_rate) and learning_rate > 0:
         return float(learning_rate)
     raise ValueError(
-        f"`{argument}` must be a finite number above 0, a `LearningRateSchedule` or a callable "
-        f"without arguments. Received: {argument}={learning_rate!r}."
+        "`learning_rate` must be a finite number above 0, a `LearningRateSchedule` or a callable "
+        f"without arguments. Received: learning_rate={learning_rate!r}."
     )
 
 
@@ -153,12 +151,14 @@ def renew_training(
     >>> renew_training(model, 1e-4)
     """
     with internals.strategy_scope(model):
-        if optimizer is None or optimizer.built:
-            source = model.optimizer if optimizer is None else optimizer
-            optimizer = renew_optimizer(source, learning_rate, variables=model.trainable_variables)
+        variables = model.trainable_variables
+        if optimizer is None:
+            optimizer = renew_optimizer(model.optimizer, learning_rate, variables=variables)
         else:
+            if optimizer.built:
+                optimizer = renew_optimizer(optimizer, learning_rate)
             optimizer = _loss_scaled_if(model.optimizer, optimizer)
-            optimizer.build(model.trainable_variables)
+            optimizer.build(variables)
     internals.install_optimizer(model, optimizer)
     internals.renew_functions(model, keep_evaluation=keep_evaluation)
 

@@ -307,7 +307,7 @@ class HandsAllToTheOptimizer(keras.Model):
 
 
 @given(
-    kinds=strategies.layer_kinds(),
+    kinds=strategies.layer_kinds(min_size=3),
     check=frequencies,
     make_optimizer=st.sampled_from(
         [
@@ -324,8 +324,10 @@ class HandsAllToTheOptimizer(keras.Model):
 def test_a_side_effect_of_the_optimizer_is_named(kinds, check, make_optimizer, run_eagerly):
     base = models.functional(kinds)
     base.trainable = False
+    random = np.random.default_rng(0)
     for weight in base.weights:
-        weight.assign(np.random.default_rng(0).uniform(0.5, 1.5, weight.shape))
+        # An average of equal values rounds to another one for a few numbers in a hundred.
+        weight.assign(random.uniform(0.5, 1.5, weight.shape))
     inputs = keras.Input((models.FEATURES,))
     model = HandsAllToTheOptimizer(inputs, keras.layers.Dense(1)(base(inputs)))
     model.compile(make_optimizer(), "mse", run_eagerly=run_eagerly)

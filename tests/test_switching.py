@@ -115,6 +115,23 @@ def test_renewed_training_moves_what_is_trainable_now():
     assert [path.split("/")[-1] for path in changed] == ["kernel", "bias"]
 
 
+@pytest.mark.parametrize("built", [False, True])
+def test_an_optimizer_of_the_users_is_loss_scaled_as_compile_does(built):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model, backbone = compiled_model()
+        optimizer = keras.optimizers.SGD(0.1)
+        if built:
+            optimizer.build([keras.Variable([1.0])])
+        backbone.unfreeze()
+        switching.renew_training(model, optimizer=optimizer)
+        assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+        assert isinstance(model.optimizer.inner_optimizer, keras.optimizers.SGD)
+        model.fit(*regression_data(), verbose=0)
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
 def test_renewed_training_keeps_stop_training_and_metrics():
     model, _ = compiled_model()
     metrics = model.metrics

@@ -197,7 +197,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.transitions = []
         self._prepared = is_built(self.model)
         if self._prepared:
-            self._backbones.check_selection()
+            self._backbones.still_frozen()  # Raises if the selection is empty.
         self._freeze_untouched()
         if self._prepared:
             self._find_stage()

@@ -5,29 +5,23 @@ Every ratio is of two things timed in turn in one process; the table gives the m
 repeats.
 """
 
-import os
-
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-
-import statistics
-import sys
 import time
 
 import keras
-import numpy as np
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from keras_tl.backbones import changeable_weights
 from keras_tl.best_weights import Snapshot
-
-SHAPE = (96, 96, 3)
-BATCH = 32
-REPEATS = 5
-
-
-def images(count):
-    random = np.random.default_rng(0)
-    return random.normal(size=(count, *SHAPE)).astype("float32"), random.integers(0, 2, (count, 1))
+from tests.benchmarks.timing import (
+    BATCH,
+    REPEATS,
+    SHAPE,
+    Clock,
+    images,
+    paired,
+    print_table,
+    seconds,
+)
 
 
 def model_on(wrap):
@@ -47,25 +41,6 @@ def model_on(wrap):
 def compiled(model, learning_rate):
     loss = keras.losses.BinaryCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(learning_rate), loss, metrics=["accuracy"])
-
-
-class Clock(keras.callbacks.Callback):
-    """Notes when each epoch ended and each step ended."""
-
-    def on_train_begin(self, logs=None):
-        self.epoch_ends, self.step_ends = [], []
-
-    def on_train_batch_end(self, batch, logs=None):
-        self.step_ends.append(time.perf_counter())
-
-    def on_epoch_end(self, epoch, logs=None):
-        self.epoch_ends.append(time.perf_counter())
-
-
-def seconds(function):
-    start = time.perf_counter()
-    function()
-    return time.perf_counter() - start
 
 
 def switch_in_fit():
@@ -124,12 +99,6 @@ def bytes_copied():
     return Snapshot(changeable_weights(model)).nbytes / whole
 
 
-def paired(first, second):
-    """Ratios of two timings taken in turn, after one of each that does not count."""
-    first(), second()
-    return [first() / second() for _ in range(REPEATS)]
-
-
 def main():
     rows = [
         ("switch in `fit` / by hand", 0.65, paired(switch_in_fit, switch_by_hand)),
@@ -141,11 +110,7 @@ def main():
         ),
         ("bytes copied per improvement / `get_weights()`", 0.05, [bytes_copied()]),
     ]
-    print("| ratio | at most | median | range |\n|---|---|---|---|")
-    for name, target, ratios in rows:
-        low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-        print(f"| {name} | {target} | {middle:.4g} | {low:.4g} to {high:.4g} |")
-        sys.stdout.flush()
+    print_table(rows)
 
 
 if __name__ == "__main__":
