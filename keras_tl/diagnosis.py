@@ -84,7 +84,7 @@ def stale_compile(model: keras.Model) -> Mismatch:
     """
     optimizer = getattr(model, "optimizer", None)
     known = _known(model, optimizer)
-    if known is None:
+    if optimizer is None or known is None:
         return Mismatch([], [])
     flags = internals.flags_when_compiled(model)
     own_step = internals.has_own_train_step(model)

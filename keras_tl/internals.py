@@ -241,7 +241,9 @@ def copy_weight_decay_exclusions(source: keras.Optimizer, target: keras.Optimize
 
 def replicas(weight: keras.Variable) -> list[Any]:
     """Returns the backend's variables behind a weight: one, or one for each replica."""
-    return list(getattr(weight.value, "values", [weight.value]))
+    if keras.backend.backend() == "tensorflow":
+        return list(getattr(weight.value, "values", [weight.value]))
+    return [weight.value]
 
 
 def device_of(value: Any) -> str:
