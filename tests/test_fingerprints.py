@@ -100,14 +100,16 @@ def test_any_change_of_several_elements_is_seen(data):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("shape", [(5, 7), (2, 2049), (257, 257)])
-def test_swapped_elements_are_seen(dtype, shape):
-    weight = next(w for w in watched()[0] if (w.dtype, w.shape) == (dtype, shape))
+@pytest.mark.parametrize("distance", [1, 32, 64, 640, 1024, 2048, 4096, 65536])
+def test_swapped_elements_are_seen(dtype, distance):
+    # In other columns, rows and blocks of words, and one of them in the rest after whole blocks.
+    weight = next(w for w in watched()[0] if (w.dtype, w.shape) == (dtype, (257, 257)))
     changed = in_numpy(weight).reshape(-1)
-    other = next(i for i in range(1, changed.size) if changed[i].tobytes() != changed[0].tobytes())
-    changed[[0, other]] = changed[[other, 0]]
+    pairs = ((i, i + distance) for i in range(changed.size))
+    first, second = next(p for p in pairs if changed[p[0]].tobytes() != changed[p[1]].tobytes())
+    changed[[first, second]] = changed[[second, first]]
 
-    assert any(suspect is weight for suspect in suspects_of(weight, changed.reshape(shape)))
+    assert any(suspect is weight for suspect in suspects_of(weight, changed.reshape(257, 257)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
