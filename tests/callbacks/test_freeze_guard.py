@@ -411,6 +411,18 @@ def test_load_weights_is_overwriting(tmp_path):
     assert {change.cause for change in error.changes} == {"overwritten"}
 
 
+def test_statistics_that_are_loaded_with_other_weights_are_overwritten():
+    model, wrapper = build()
+    wrapper.trainable = True
+    wrapper.freeze(lambda layer: isinstance(layer, keras.layers.Dense))
+    model.compile("adam", "mse")
+    other = [np.array(weight) + 1 for weight in wrapper.backbone.weights]
+    load = At("on_epoch_end", 1, lambda _: wrapper.backbone.set_weights(other))
+    error = caught(model, load, FreezeGuard())
+    assert len(error.changes) == 6
+    assert {change.cause for change in error.changes} == {"overwritten"}
+
+
 class HandsAllToTheOptimizer(keras.Model):
     """A train step that gives the optimizer frozen weights too, without a gradient."""
 
