@@ -4,6 +4,7 @@ from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.convergence import ConvergenceMonitor
 from keras_tl.errors import FrozenWeightsChangedError, StaleCompileError
 from keras_tl.layers import FrozenBackbone
+from keras_tl.optimizers import GroupOptimizer
 from keras_tl.reporting import trainable_report
 from keras_tl.switching import renew_optimizer
 from keras_tl.version import __version__
@@ -13,6 +14,7 @@ __all__ = [
     "FreezeGuard",
     "FrozenBackbone",
     "FrozenWeightsChangedError",
+    "GroupOptimizer",
     "StaleCompileError",
     "UnfreezeAtConvergence",
     "__version__",

@@ -88,7 +88,7 @@ def stale_compile(model: keras.Model) -> Mismatch:
         return Mismatch([], [])
     flags = internals.flags_when_compiled(model)
     own_step = internals.has_own_train_step(model)
-    averages = bool(internals.averaged_values(optimizer)) and not own_step
+    averages = bool(internals.averages(optimizer)) and not own_step
     misplaces = averages and int(optimizer.iterations) > 0
     frozen = known - {id(weight) for weight in model.trainable_weights}
     still_training = [
@@ -156,7 +156,7 @@ class _Steps:
         self._trainable = {id(weight) for weight in model.trainable_weights}
         self._stale = {id(weight) for weight in stale_compile(model).still_training}
         self._known = _known(model, optimizer) or set()
-        self._averages = internals.averaged_values(optimizer)
+        self._averages = [average for _, average in internals.averages(optimizer)]
         self._hands_anything = own_loop or internals.has_own_train_step(model)
 
     def cause_of(self, change: Change) -> Cause:

@@ -17,6 +17,7 @@ import keras
 import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.optimizers import base_optimizer
 
 # Layers: structure, flags, and the context of a call.
 
@@ -204,12 +205,18 @@ def optimizer_weights(optimizer: Any) -> list[Any] | None:
     return list(inner._trainable_variables) if getattr(inner, "built", False) else None
 
 
-def averaged_values(optimizer: Any) -> list[Any]:
-    """Returns the moving averages of weights that an optimizer with `use_ema` keeps."""
+def averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
+    """Returns pairs of a variable and its moving average, which an optimizer may keep."""
     inner = without_loss_scale(optimizer)
-    every = [inner, *getattr(inner, "optimizers", [])]
-    averages = [getattr(one, "_model_variables_moving_average", []) for one in every]
-    return [average for some in averages for average in some if average is not None]
+    if isinstance(inner, keras.optimizers.MultiOptimizer):
+        return [pair for one in inner._inner_optimizers for pair in averages(one)]
+    kept = getattr(inner, "_model_variables_moving_average", [])
+    return [pair for pair in zip(optimizer_weights(inner) or [], kept) if pair[1] is not None]
+
+
+def clip_by_global_norm(gradients: Sequence[Any], norm: float) -> list[Any]:
+    """Returns gradients scaled such that the norm of all together is at most `norm`."""
+    return base_optimizer.clip_by_global_norm(gradients, norm)
 
 
 def has_own_train_step(model: keras.Model) -> bool:

@@ -118,8 +118,6 @@ class FreezeGuard(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         # Weights are watched from the first epoch's begin on: until then callbacks load some.
         self._restart()
-        if is_built(self.model):
-            self._weights_to_watch()
         self._check_compiled()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -310,9 +310,10 @@ def test_freezing_in_mid_fit_is_an_error_at_the_next_epoch():
     model.compile("adam", "mse")
     epochs = []
     count = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: epochs.append(epoch))
-    with pytest.raises(StaleCompileError):
+    with pytest.raises(StaleCompileError) as caught:
         fit(model, FreezeGuard(), At("on_epoch_end", 1, lambda _: wrapper.freeze()), count)
     assert epochs == [0]
+    assert caught.value.changes == ()
 
 
 def test_freezing_between_compile_and_the_first_fit_is_no_error():

@@ -1,0 +1,334 @@
+"""An optimizer of named parameter groups, each with an optimizer of its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import keras
+
+from keras_tl import internals
+
+Assignment: TypeAlias = (
+    keras.Layer
+    | str
+    | re.Pattern
+    | Callable[[keras.Variable], bool]
+    | Sequence["keras.Layer | str | re.Pattern"]
+)
+
+
+@keras.saving.register_keras_serializable(package="keras_tl")
+class GroupOptimizer(keras.optimizers.MultiOptimizer):
+    """Trains named groups of variables, each with its own optimizer.
+
+    Each group trains bit for bit as if its optimizer were the only one and all other variables were
+    constants: it has its own class, learning rate or schedule, weight decay, step count and state.
+
+    `learning_rate` is that of the last group. Setting it, as `ReduceLROnPlateau` and
+    `LearningRateScheduler` do, scales the rates of all groups alike.
+
+    Args:
+        groups: Dictionary from names to `keras.optimizers.Optimizer` instances, one for each group,
+            that are not built. They take the groups' names.
+        assign: Dictionary from names of groups to what is in them: a layer (a model, a
+            `FrozenBackbone`), for all of its weights; a regular expression that must match a
+            variable's whole `path`; a list of these; or a function from a variable to a bool. One
+            group may be left out, and takes the rest.
+        global_clipnorm: Float or None. If set, the gradients of all groups together are clipped to
+            this norm. Defaults to `None`.
+        loss_scale_factor: Float or None, as in `keras.optimizers.Optimizer`.
+        name: String. The optimizer's name.
+
+    Raises:
+        ValueError: For groups or assignments that are none; and when it is built, if a variable is
+            in no group or in two.
+
+    Example:
+
+    >>> backbone = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model = keras.Sequential([backbone, keras.layers.Dense(1)])
+    >>> optimizer = GroupOptimizer(
+    ...     {"backbone": keras.optimizers.Adam(1e-5), "head": keras.optimizers.Adam(1e-3)},
+    ...     assign={"backbone": backbone},
+    ... )
+    >>> model.compile(optimizer, "mse")
+    >>> optimizer.build(model.trainable_variables)
+    >>> optimizer.group_of(model.layers[-1].kernel)
+    'head'
+
+    References:
+
+    - Howard and Ruder, 2018, "Universal Language Model Fine-tuning for Text Classification"
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, keras.Optimizer],
+        *,
+        assign: Mapping[str, Assignment] | None = None,
+        global_clipnorm: float | None = None,
+        loss_scale_factor: float | None = None,
+        name: str | None = None,
+    ):
+        assign = dict(assign or {})
+        _check_groups(groups)
+        _check_assign(groups, assign)
+        super().__init__(
+            self._optimizer_of, loss_scale_factor=loss_scale_factor, name=name or "group_optimizer"
+        )
+        self._groups = dict(groups)
+        for group, optimizer in groups.items():
+            optimizer.name = group
+            optimizer.loss_scale_factor = loss_scale_factor
+        self._inner_optimizers = list(groups.values())
+        self._assign = assign
+        self._names: dict[Any, str] = {}
+        self._assigned: list[str] | None = None
+        self._ratios = {group: 1.0 for group in groups}
+        self.global_clipnorm = _check_clipnorm(global_clipnorm, groups)
+        self._note_ratios()
+
+    # Groups.
+
+    @property
+    def groups(self) -> dict[str, keras.Optimizer]:
+        """The optimizers by the groups' names."""
+        return dict(self._groups)
+
+    def group_of(self, variable: keras.Variable) -> str:
+        """Returns the name of the group that a variable is in, once the optimizer is built."""
+        return self._names[self._var_key(variable)]
+
+    def build(self, variables: Sequence[keras.Variable]) -> None:
+        if self.built:
+            return
+        variables = list(variables)
+        names = self._resolve(variables)
+        self._names = {
+            self._var_key(variable): name for variable, name in zip(variables, names, strict=True)
+        }
+        self._assigned = names
+        super().build(variables)
+
+    def apply(
+        self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None
+    ) -> None:
+        if self.global_clipnorm:
+            # The optimizers of the groups divide by the scale only after this.
+            norm = self.global_clipnorm * (self.loss_scale_factor or 1.0)
+            grads = internals.clip_by_global_norm(list(grads), norm)
+        super().apply(grads, trainable_variables)
+
+    # The learning rate, as callbacks read and set it.
+
+    @property
+    def learning_rate(self) -> Any:
+        """The learning rate of the last group. Setting it scales those of all groups alike."""
+        return list(self._groups.values())[-1].learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, value: float) -> None:
+        self._note_ratios()
+        for group, optimizer in self._groups.items():
+            optimizer.learning_rate = float(value) * self._ratios[group]
+
+    @property
+    def optimizers(self) -> list[keras.Optimizer]:
+        """Not there: Keras' callbacks would set the rate of each group by itself. See `groups`."""
+        raise AttributeError("A GroupOptimizer has `groups`, a dictionary of optimizers by name.")
+
+    @property
+    def _model_variables_moving_average(self) -> list[keras.Variable]:
+        """What `SwapEMAWeights` swaps, if all groups keep averages: it swaps all or nothing."""
+        averages = {self._var_key(variable): kept for variable, kept in internals.averages(self)}
+        if any(self._var_key(variable) not in averages for variable in self._trainable_variables):
+            raise AttributeError("Not all groups have `use_ema=True`.")
+        return [averages[self._var_key(variable)] for variable in self._trainable_variables]
+
+    # Saving.
+
+    def get_config(self) -> dict[str, Any]:
+        return {
+            "groups": {
+                group: keras.saving.serialize_keras_object(optimizer)
+                for group, optimizer in self._groups.items()
+            },
+            "assign": {
+                group: _serializable(assignment) for group, assignment in self._assign.items()
+            },
+            "assigned": self._assigned,
+            "global_clipnorm": self.global_clipnorm,
+            "loss_scale_factor": self.loss_scale_factor,
+            "name": self.name,
+        }
+
+    @classmethod
+    def from_config(
+        cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
+    ) -> GroupOptimizer:
+        config = dict(config)
+        assigned = config.pop("assigned", None)
+        groups = {
+            group: keras.saving.deserialize_keras_object(optimizer, custom_objects=custom_objects)
+            for group, optimizer in config.pop("groups").items()
+        }
+        optimizer = cls(groups, **config)
+        optimizer._assigned = assigned
+        return optimizer
+
+    # Which variable is in which group.
+
+    def _optimizer_of(self, variable: keras.Variable) -> keras.Optimizer:
+        return self._groups[self.group_of(variable)]
+
+    def _resolve(self, variables: list[keras.Variable]) -> list[str]:
+        """Returns the name of each variable's group."""
+        if self._assigned is not None and len(self._assigned) == len(variables):
+            # From a file: by position, as a loaded model's variables may have other paths.
+            return self._assigned
+        rest = [group for group in self._groups if group not in self._assign]
+        belongs = {group: _members(given) for group, given in self._assign.items()}
+        names, wrong = [], []
+        for variable in variables:
+            inside = [group for group, member in belongs.items() if member(variable)] or rest
+            if len(inside) != 1:
+                wrong.append(f"{variable.path} is in {_listed(inside)}")
+            names.append(inside[0] if inside else "")
+        if wrong:
+            raise ValueError(
+                f"Every trainable variable must be in one group of {list(self._groups)}. "
+                f"{'; '.join(wrong[:_SHOWN])}{_more(len(wrong))}. Change `assign`, or leave one "
+                "group out of it to take the rest."
+            )
+        return names
+
+    def _note_ratios(self) -> None:
+        """Keeps how the rates relate: once all are 0, as in a warm-up, they would not tell."""
+        rates = {group: _rate(optimizer) for group, optimizer in self._groups.items()}
+        reference = list(rates.values())[-1]
+        if reference > 0:
+            self._ratios = {group: rate / reference for group, rate in rates.items()}
+
+
+_SHOWN = 5
+
+
+def _rate(optimizer: keras.Optimizer) -> float:
+    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+
+
+def _members(assignment: Assignment) -> Callable[[keras.Variable], bool]:
+    """Returns a function that says whether a variable is meant."""
+    if isinstance(assignment, keras.Layer):
+        weights = {id(weight) for weight in assignment.weights}
+        return lambda variable: id(variable) in weights
+    if isinstance(assignment, (str, re.Pattern)):
+        pattern = re.compile(assignment)
+        return lambda variable: pattern.fullmatch(variable.path) is not None
+    if callable(assignment):
+        return assignment
+    parts = [_members(part) for part in assignment]
+    return lambda variable: any(part(variable) for part in parts)
+
+
+def _serializable(assignment: Assignment) -> list[str]:
+    """Returns regular expressions for what is meant; none for a function."""
+    if isinstance(assignment, keras.Layer):
+        return [re.escape(weight.path) for weight in assignment.weights]
+    if isinstance(assignment, (str, re.Pattern)):
+        return [assignment if isinstance(assignment, str) else assignment.pattern]
+    if callable(assignment):
+        return []
+    return [pattern for part in assignment for pattern in _serializable(part)]
+
+
+def _check_groups(groups: Any) -> None:
+    if not isinstance(groups, Mapping) or not groups:
+        raise ValueError(
+            "`groups` must be a dictionary from names to optimizers, such as "
+            f'`{{"backbone": Adam(1e-5), "head": Adam(1e-3)}}`. Received: groups={groups!r}.'
+        )
+    for group, optimizer in groups.items():
+        if not isinstance(group, str) or not re.fullmatch(r"\w+", group):
+            raise ValueError(
+                "The name of a group must be a string of letters, digits and underscores, for "
+                f"logs and variables are named after it. Received: {group!r}."
+            )
+        if isinstance(optimizer, _WITHOUT_RATE) or not isinstance(optimizer, keras.Optimizer):
+            raise ValueError(
+                f'The optimizer of the group "{group}" must be a Keras optimizer with a learning '
+                "rate of its own, not one that wraps others: put a LossScaleOptimizer around the "
+                f"GroupOptimizer. Received: {optimizer!r}."
+            )
+        if optimizer.built:
+            raise ValueError(
+                f'The optimizer of the group "{group}" is built already, and can only update the '
+                "variables it was built with. Pass a fresh instance."
+            )
+    if len({id(optimizer) for optimizer in groups.values()}) < len(groups):
+        raise ValueError("Each group needs an optimizer instance of its own; one is given twice.")
+
+
+_WITHOUT_RATE = (keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer)
+
+
+def _check_assign(groups: Mapping[str, Any], assign: Mapping[str, Any]) -> None:
+    unknown = [group for group in assign if group not in groups]
+    if unknown:
+        raise ValueError(
+            f"`assign` names groups that there are not: {unknown}. The groups are {list(groups)}."
+        )
+    rest = [group for group in groups if group not in assign]
+    if len(rest) > 1:
+        raise ValueError(
+            f"`assign` leaves out the groups {rest}; only one can take the rest. Assign a layer, a "
+            "regular expression on variable paths, a list of these or a function to the others."
+        )
+    for group, assignment in assign.items():
+        _check_assignment(group, assignment)
+
+
+def _check_assignment(group: str, assignment: Any) -> None:
+    if isinstance(assignment, str):
+        try:
+            re.compile(assignment)
+        except re.error as error:
+            raise ValueError(
+                f'`assign["{group}"]={assignment!r}` is not a regular expression: {error}.'
+            ) from error
+    elif isinstance(assignment, Sequence):
+        for part in assignment:
+            _check_assignment(group, part)
+    elif not isinstance(assignment, (keras.Layer, re.Pattern)) and not callable(assignment):
+        raise ValueError(
+            f'`assign["{group}"]` must be a layer, a regular expression on variable paths, a list '
+            f"of these, or a function from a variable to a bool. Received: {assignment!r}."
+        )
+
+
+def _check_clipnorm(
+    global_clipnorm: float | None, groups: Mapping[str, keras.Optimizer]
+) -> float | None:
+    if global_clipnorm is None:
+        return None
+    if global_clipnorm <= 0:
+        raise ValueError(
+            f"`global_clipnorm` must be above 0. Received: global_clipnorm={global_clipnorm!r}."
+        )
+    accumulating = [name for name, one in groups.items() if one.gradient_accumulation_steps]
+    if accumulating:
+        raise ValueError(
+            f"`global_clipnorm` cannot clip what the groups {accumulating} accumulate: it would "
+            "clip each step's gradients and not their mean. Leave out one of the two."
+        )
+    return float(global_clipnorm)
+
+
+def _listed(groups: list[str]) -> str:
+    return " and ".join(f'"{group}"' for group in groups) or "none"
+
+
+def _more(count: int) -> str:
+    return f" and {count - _SHOWN} more" if count > _SHOWN else ""
