@@ -214,6 +214,19 @@ def averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
     return [pair for pair in zip(optimizer_weights(inner) or [], kept) if pair[1] is not None]
 
 
+def copy_optimizer_state(source: keras.Optimizer, target: keras.Optimizer) -> None:
+    """Gives an optimizer the step count and slots of one of its class for the same variables.
+
+    The learning rate is not copied, nor what optimizers inside it hold.
+    """
+    from_source, to_target = (
+        [variable for variable in one._variables if variable is not one._learning_rate]
+        for one in (source, target)
+    )
+    for old, new in zip(from_source, to_target, strict=True):
+        new.assign(old)
+
+
 def clip_by_global_norm(gradients: Sequence[Any], norm: float) -> list[Any]:
     """Returns gradients scaled such that the norm of all together is at most `norm`."""
     return base_optimizer.clip_by_global_norm(gradients, norm)

@@ -27,13 +27,16 @@ import numpy as np
 
 from keras_tl import freezing, internals
 from keras_tl.best_weights import Snapshot
+from keras_tl.optimizers import GroupOptimizer
 
 LearningRate: TypeAlias = (
     float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], float]
 )
 
 
-def check_learning_rate(learning_rate: LearningRate) -> LearningRate:
+def check_learning_rate(
+    learning_rate: LearningRate, argument: str = "learning_rate"
+) -> LearningRate:
     """Returns the learning rate as an optimizer takes it: numbers as a Python float.
 
     Raises:
@@ -50,8 +53,8 @@ def check_learning_rate(learning_rate: LearningRate) -> LearningRate:
     if is_number and math.isfinite(learning_rate) and learning_rate > 0:
         return float(learning_rate)
     raise ValueError(
-        "`learning_rate` must be a finite number above 0, a `LearningRateSchedule` or a callable "
-        f"without arguments. Received: learning_rate={learning_rate!r}."
+        f"`{argument}` must be a finite number above 0, a `LearningRateSchedule` or a callable "
+        f"without arguments. Received: {argument}={learning_rate!r}."
     )
 
 
@@ -125,6 +128,7 @@ def renew_training(
     model: keras.Model,
     learning_rate: LearningRate | None = None,
     *,
+    head_learning_rate: LearningRate | None = None,
     optimizer: keras.Optimizer | None = None,
     keep_evaluation: bool = False,
 ) -> None:
@@ -137,6 +141,9 @@ def renew_training(
         model: A compiled and built model.
         learning_rate: Float, `LearningRateSchedule` or callable for a copy of the model's
             optimizer. None keeps the old setting.
+        head_learning_rate: The same for the weights that have been trained so far, which then keep
+            the state of their optimizer, in a group "head"; those that join are the group
+            "backbone". None gives one new optimizer to all.
         optimizer: An optimizer to use instead of a copy of the model's. One that is built already
             is copied.
         keep_evaluation: Bool. Whether the evaluation function may stay, where the backend allows
@@ -150,9 +157,14 @@ def renew_training(
     >>> model.layers[0].trainable = False
     >>> renew_training(model, 1e-4)
     """
+    variables = model.trainable_variables
     with internals.strategy_scope(model):
-        variables = model.trainable_variables
-        if optimizer is None:
+        if head_learning_rate is not None:
+            joining = internals.without_loss_scale(optimizer or model.optimizer)
+            if optimizer is None or joining.built:
+                joining = renew_optimizer(joining, learning_rate)
+            optimizer = _joined(model.optimizer, head_learning_rate, joining, variables)
+        elif optimizer is None:
             optimizer = renew_optimizer(model.optimizer, learning_rate, variables=variables)
         else:
             if optimizer.built:
@@ -161,6 +173,28 @@ def renew_training(
             optimizer.build(variables)
     internals.install_optimizer(model, optimizer)
     internals.renew_functions(model, keep_evaluation=keep_evaluation)
+
+
+def _joined(
+    old: keras.Optimizer,
+    head_learning_rate: LearningRate,
+    joining: keras.Optimizer,
+    variables: Sequence[keras.Variable],
+) -> keras.Optimizer:
+    """Returns an optimizer that goes on where `old` is, and takes new variables as a group."""
+    inner = internals.without_loss_scale(old)
+    known = {id(variable) for variable in internals.optimizer_weights(old) or ()}
+    head = renew_optimizer(inner, head_learning_rate)
+    groups = GroupOptimizer(
+        {"head": head, "backbone": joining}, assign={"head": lambda one: id(one) in known}
+    )
+    optimizer = _loss_scaled_if(old, groups)
+    optimizer.build(variables)
+    internals.copy_optimizer_state(inner, head)
+    groups.iterations.assign(inner.iterations)
+    if optimizer is not groups:
+        internals.copy_optimizer_state(old, optimizer)
+    return optimizer
 
 
 def _loss_scaled_if(old: keras.Optimizer, new: keras.Optimizer) -> keras.Optimizer:

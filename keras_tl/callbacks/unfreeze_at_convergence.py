@@ -16,6 +16,7 @@ from keras_tl.best_weights import BestWeights
 from keras_tl.callbacks.messages import say
 from keras_tl.callbacks.monitored_value import MonitoredValue
 from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
+from keras_tl.optimizers import GroupOptimizer
 from keras_tl.selecting import Backbone, Selection, is_built
 from keras_tl.switching import LearningRate
 
@@ -92,6 +93,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         optimizer: A `keras.optimizers.Optimizer` that is not built, for stage 1, with its own
             learning rate (`learning_rate` is then to be left out). Defaults to a copy of the
             compiled one's configuration.
+        head_learning_rate: Float, `LearningRateSchedule` or callable. The learning rate in stage 1
+            of what trains in stage 0, which then keeps its optimizer's state, as the group "head"
+            of a `GroupOptimizer`; the backbone joins as the group "backbone", with `learning_rate`.
+            The logs get `learning_rate_head` and `learning_rate_backbone` (0 while it is frozen).
+            Defaults to `None`: one new optimizer with `learning_rate` for all.
         fine_tune_patience: Int or None. Epochs without improvement in stage 1 after which training
             stops. Defaults to `None`: training goes on to the last epoch.
         restore_best_weights: Bool. Whether the best weights of stage 0 are restored before
@@ -146,6 +152,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         start_from_epoch: int = 0,
         max_frozen_epochs: int | None = None,
         optimizer: keras.Optimizer | None = None,
+        head_learning_rate: LearningRate | None = None,
         fine_tune_patience: int | None = None,
         restore_best_weights: bool = True,
         verbose: int = 1,
@@ -154,6 +161,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.learning_rate = switching.check_learning_rate(learning_rate)
         if optimizer is not None:
             _check_optimizer(optimizer, self.learning_rate)
+        if head_learning_rate is not None:
+            head_learning_rate = switching.check_learning_rate(
+                head_learning_rate, "head_learning_rate"
+            )
         if not isinstance(monitor, str):
             raise ValueError(
                 f"`monitor` must be a name in the logs. Received: monitor={monitor!r}."
@@ -177,6 +188,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.start_from_epoch = start_from_epoch
         self.max_frozen_epochs = max_frozen_epochs
         self.optimizer = optimizer
+        self.head_learning_rate = head_learning_rate
         self.fine_tune_patience = fine_tune_patience
         self.restore_best_weights = restore_best_weights
         self.verbose = verbose
@@ -187,7 +199,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     # Hooks, in the order in which `fit` calls them.
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._check_optimizers()
+        self._check_optimizer()
         self._beside = internals.callbacks_beside(self)
         self._backbones = Backbones(self.model, self.backbone, self.layers, self.train_batchnorm)
         self._monitored = MonitoredValue(self.monitor, self.mode, self.model)
@@ -203,6 +215,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._find_stage()
         else:
             self._begin_stage(0)
+        if self.stage == 0:
+            self._check_renewable()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         if self._switch_reason is not None:
@@ -217,7 +231,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._find_stage()
         last_epoch = epoch + 1 == (self.params or {}).get("epochs")
         value = self._monitored.read(logs, last_epoch=last_epoch)
-        logs["learning_rate"] = _learning_rate_of(self.model)
+        logs.update(self._learning_rates())
         logs["stage"] = self.stage
         self._stage_epochs += 1
         converged = value is not None and self._converged(epoch, value)
@@ -251,12 +265,22 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 f"trainable already, with learning rate {_learning_rate_of(self.model):.4g}."
             )
 
-    def _check_optimizers(self) -> None:
+    def _check_optimizer(self) -> None:
         if self.model.optimizer is None:
             raise ValueError(
                 f'The model "{self.model.name}" has no `optimizer`, so UnfreezeAtConvergence has '
                 "none to renew. Compile it with one; an overridden `compile` must set "
                 "`self.optimizer`."
+            )
+
+    def _check_renewable(self) -> None:
+        compiled = internals.without_loss_scale(self.model.optimizer)
+        several = isinstance(compiled, keras.optimizers.MultiOptimizer)
+        if self.head_learning_rate is not None and several:
+            raise ValueError(
+                f"`head_learning_rate={self.head_learning_rate!r}` needs a model compiled with one "
+                f"optimizer, to go on with. Received: {compiled.name!r}, which has several. Leave "
+                "`head_learning_rate` out and pass `optimizer`, or compile with one."
             )
         if self.optimizer is None:
             switching.renew_optimizer(self.model.optimizer, self.learning_rate)
@@ -278,6 +302,18 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self._changeable = changeable_weights(self.model)
 
     # At an epoch's end.
+
+    def _learning_rates(self) -> dict[str, float]:
+        """What the logs get; every key from the first epoch, or CSVLogger and History drop it."""
+        rates = {"learning_rate": _learning_rate_of(self.model)}
+        optimizer = internals.without_loss_scale(self.model.optimizer)
+        if isinstance(optimizer, GroupOptimizer):
+            for group, one in optimizer.groups.items():
+                rates[f"learning_rate_{group}"] = _as_float(one.learning_rate)
+        elif self.head_learning_rate is not None:
+            rates["learning_rate_head"] = rates["learning_rate"]
+            rates["learning_rate_backbone"] = 0.0
+        return rates
 
     def _converged(self, epoch: int, value: float) -> bool:
         """Takes a value in, keeps the best weights, and says whether the stage has converged."""
@@ -362,6 +398,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             switching.renew_training(
                 self.model,
                 self.learning_rate if self.optimizer is None else None,
+                head_learning_rate=self.head_learning_rate,
                 optimizer=self.optimizer,
                 keep_evaluation=not any(weight.regularizer for weight in joining),
             )
@@ -423,7 +460,11 @@ def _without(weights: list[keras.Variable], others: list[keras.Variable]) -> lis
 
 
 def _learning_rate_of(model: keras.Model) -> float:
-    return float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    return _as_float(model.optimizer.learning_rate)
+
+
+def _as_float(value: Any) -> float:
+    return float(keras.ops.convert_to_numpy(value))
 
 
 def _check_optimizer(optimizer: Any, learning_rate: LearningRate) -> None:
