@@ -40,8 +40,10 @@ BATCHNORM = Cause(
 )
 OVERWRITTEN = Cause(
     "overwritten",
-    "No training step explains the change. Look for `assign`, `set_weights` or `load_weights` "
-    "between the two moments, in other callbacks first; `check=1` finds the batch.",
+    "The optimizer does not explain the change. Look for `assign`, `set_weights` or `load_weights` "
+    'between the two moments, in other callbacks first; `check="batch"` finds the batch. A layer '
+    "that writes its own weights in training mode, such as SpectralNormalization, belongs in a "
+    "keras_tl.FrozenBackbone.",
 )
 OPTIMIZER = Cause(
     "optimizer side effect",

@@ -75,8 +75,6 @@ class Fingerprints:
     def __init__(self, weights: Iterable[keras.Variable]):
         self.weights = [weight for weight in weights if math.prod(weight.shape)]
         self._parts = _parts(self.weights)
-        self._compute = internals.compiled_reading(self.weights, self._fold_parts)
-        self._fold = internals.fused(_fold)
         random = np.random.default_rng()
         keys = random.integers(-(2**31), 2**31 - 1, (_ROWS, _COLUMNS), dtype="int32")
         self._row_keys = keys + (keys >= 0)
@@ -84,6 +82,9 @@ class Fingerprints:
         self._block_keys = 1 | random.integers(
             -(2**63), 2**63 - 1, blocks, dtype="int64", endpoint=True
         )
+        if self._parts:
+            self._fold = internals.fused(_fold)
+            self._compute = internals.compiled_reading(self.weights, self._fold_parts)
 
     def compute(self) -> np.ndarray:
         """Returns the fingerprints of the values that the weights have now.

@@ -36,7 +36,8 @@ class FreezeGuard(keras.callbacks.Callback):
     or called with `training=False` in a Functional model, trainable or not. What changes by right
     (statistics in the head, seeds, metrics) is not watched. The set is read from the model at each
     epoch's begin, so it follows `UnfreezeAtConvergence` and what is unfrozen between fits. Place it
-    after `UnfreezeAtConvergence` in the list.
+    after `UnfreezeAtConvergence` in the list: before it, it learns of a switch an epoch late, and
+    keeps the old values of what has been unfrozen until then.
 
     Before a step is lost, when `fit` and each epoch begin, it also holds the optimizer against what
     is trainable: on TensorFlow, Keras goes on training a layer that was frozen after `compile`.

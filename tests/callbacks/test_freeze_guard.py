@@ -1,5 +1,8 @@
 """FreezeGuard: which weights it watches, what it says and does when one changes."""
 
+import copy
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -712,6 +715,31 @@ def test_it_says_what_it_has_watched(capsys):
         "FreezeGuard: all 8 weights that must not change (56 parameters) are as they were, bit for "
         "bit.\n"
     )
+
+
+def test_a_new_guard_can_be_copied_and_pickled():
+    # KerasTuner copies callbacks for each trial.
+    guard = FreezeGuard(check=2, action="warn", verbose=0)
+    for twin in (copy.deepcopy(guard), pickle.loads(pickle.dumps(guard))):
+        assert twin.on_train_batch_end.__self__ is twin
+        model, wrapper = build()
+        overwrite = At("on_train_batch_end", 2, lambda _, w=wrapper: add_one(w.weights[0]))
+        with pytest.warns(UserWarning, match="must not change"):
+            fit(model, overwrite, twin)
+
+
+def test_a_layer_that_writes_its_weights_in_training_mode_is_told_what_to_do():
+    layers = [keras.layers.SpectralNormalization(keras.layers.Dense(4)), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.Input((4,)), *layers])
+    model.layers[0].trainable = False
+    model.compile("sgd", "mse")
+    error = caught(model, FreezeGuard())
+    assert [path.split("/")[-1] for path in error.paths] == ["kernel", "vector_u"]
+    assert "SpectralNormalization, belongs in a keras_tl.FrozenBackbone" in str(error)
+
+    wrapped = keras.Sequential([keras.Input((4,)), FrozenBackbone(layers[0]), layers[1]])
+    wrapped.compile("sgd", "mse")
+    fit(wrapped, FreezeGuard(verbose=0))
 
 
 def test_quietly(capsys):
