@@ -91,7 +91,7 @@ def stale_compile(model: keras.Model) -> Mismatch:
     flags = internals.flags_when_compiled(model)
     own_step = internals.has_own_train_step(model)
     averages = bool(internals.averages(optimizer)) and not own_step
-    misplaces = averages and int(optimizer.iterations) > 0
+    misplaces = averages and internals.on_host(optimizer.iterations) > 0
     frozen = known - {id(weight) for weight in model.trainable_weights}
     still_training = [
         weight

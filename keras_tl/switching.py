@@ -113,7 +113,7 @@ def _loss_scaled_like(
     inner: keras.Optimizer,
     variables: Sequence[keras.Variable] | None,
 ) -> keras.optimizers.LossScaleOptimizer:
-    scale = float(old.dynamic_scale) if old.built else old.initial_scale
+    scale = float(internals.on_host(old.dynamic_scale)) if old.built else old.initial_scale
     new = keras.optimizers.LossScaleOptimizer(
         inner, initial_scale=scale, dynamic_growth_steps=old.dynamic_growth_steps, name=old.name
     )

@@ -8,9 +8,10 @@ import textwrap
 import pytest
 
 PREPARATION = """
+    import hashlib
     import numpy as np, keras, tensorflow as tf
     from keras_tl import FreezeGuard, FrozenBackbone, FrozenWeightsChangedError
-    from keras_tl import StaleCompileError, UnfreezeAtConvergence
+    from keras_tl import GroupOptimizer, StaleCompileError, UnfreezeAtConvergence
     from tests import models
     from tests.conftest import as_bytes, regression_data
 
@@ -58,10 +59,13 @@ GUARD = """
         raise AssertionError("not seen")
 
     replicas[1].assign(replicas[0])
+    with model.distribute_strategy.scope():
+        model.compile(keras.optimizers.Adam(0.01, use_ema=True), "mse")
     guard = FreezeGuard(action="restore")
     model.fit(x, y, callbacks=[fault, guard], **fit)
     assert guard.restored == {kernel.path: 4}, guard.restored
     assert all(replica.numpy().tobytes() == before[0][1] for replica in replicas)
+    model.fit(x, y, callbacks=[FreezeGuard()], **fit)
 
     wrapper.unfreeze()
     try:
@@ -74,8 +78,32 @@ GUARD = """
 """
 
 
-@pytest.mark.parametrize("script", [SWITCH, GUARD], ids=["switch", "guard"])
-def test_under_mirrored_strategy(script):
+HEAD_GOES_ON = """
+    callback = UnfreezeAtConvergence(
+        0.001, head_learning_rate=0.01, max_frozen_epochs=2, restore_best_weights=False
+    )
+    model.fit(x, y, callbacks=[callback, FreezeGuard()], **fit)
+    groups = model.optimizer.groups.values()
+    iterations = [int(keras.ops.convert_to_numpy(one.iterations)) for one in groups]
+    assert iterations == [8, 4], iterations
+    print("done")
+"""
+
+DIGEST = """
+    wrapper.unfreeze()
+    for weight in model.weights:
+        weight.assign(np.linspace(0.1, 0.9, int(np.prod(weight.shape))).reshape(weight.shape))
+    with model.distribute_strategy.scope():
+        groups = {name: keras.optimizers.Adam(0.01) for name in ("backbone", "head")}
+        optimizer = MAKE
+        model.compile(optimizer, "mse")
+    model.fit(x, y, shuffle=False, **fit)
+    print(hashlib.sha256(b"".join(value for _, value in as_bytes(model.weights))).hexdigest())
+"""
+
+
+def run(script):
+    """Runs a script and returns the last line that it printed."""
     result = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(PREPARATION + script)],
         capture_output=True,
@@ -84,4 +112,15 @@ def test_under_mirrored_strategy(script):
         timeout=300,
         check=False,
     )
-    assert result.stdout.endswith("done\n"), result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("script", [SWITCH, GUARD, HEAD_GOES_ON], ids=["switch", "guard", "groups"])
+def test_under_mirrored_strategy(script):
+    assert run(script) == "done"
+
+
+def test_groups_of_one_kind_train_as_one_optimizer():
+    together = run(DIGEST.replace("MAKE", 'GroupOptimizer(groups, assign={"backbone": wrapper})'))
+    assert together == run(DIGEST.replace("MAKE", "keras.optimizers.Adam(0.01)"))
