@@ -4,8 +4,10 @@ from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.convergence import ConvergenceMonitor
 from keras_tl.errors import FrozenWeightsChangedError, StaleCompileError
 from keras_tl.layers import FrozenBackbone
+from keras_tl.learning_rates import layerwise_learning_rates
 from keras_tl.optimizers import GroupOptimizer
 from keras_tl.reporting import trainable_report
+from keras_tl.stages import Stage
 from keras_tl.switching import renew_optimizer
 from keras_tl.version import __version__
 
@@ -15,9 +17,11 @@ __all__ = [
     "FrozenBackbone",
     "FrozenWeightsChangedError",
     "GroupOptimizer",
+    "Stage",
     "StaleCompileError",
     "UnfreezeAtConvergence",
     "__version__",
+    "layerwise_learning_rates",
     "renew_optimizer",
     "trainable_report",
 ]

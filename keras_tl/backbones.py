@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import keras
 
@@ -15,31 +15,22 @@ from keras_tl.selecting import (
     describe,
     flatten_layers,
     is_built,
+    layer_units,
 )
 
 
 class Backbones:
-    """The backbones of a model that are unfrozen together, and which of their layers.
+    """The backbones of a model that are frozen and unfrozen together.
 
     Args:
-        model: A model. One that is not built has no selection yet.
+        model: A model.
         backbone: A layer, model or list of layers of that model. None means each `FrozenBackbone`.
-        layers: Which layers of each are to be unfrozen; see `selecting.select_layers`.
-        train_batchnorm: Bool. Whether BatchNormalization layers train their gamma and beta.
 
     Raises:
         ValueError: If there is no such backbone in the model.
     """
 
-    def __init__(
-        self,
-        model: keras.Model,
-        backbone: Backbone | None,
-        layers: Selection,
-        train_batchnorm: bool,
-    ):
-        self._layers = layers
-        self._train_batchnorm = train_batchnorm
+    def __init__(self, model: keras.Model, backbone: Backbone | None):
         wrappers = _wrappers(model)
         given = wrappers if backbone is None else _given(model, backbone, wrappers)
         if not given:
@@ -50,6 +41,21 @@ class Backbones:
             )
         self.wrapped = [layer for layer in given if isinstance(layer, FrozenBackbone)]
         self.plain = [layer for layer in given if not isinstance(layer, FrozenBackbone)]
+        self._hand_frozen = freezing.hand_frozen_weights(self.plain)
+
+    @property
+    def names(self) -> str:
+        """String. The backbones' names, for a message."""
+        return describe([wrapper.backbone for wrapper in self.wrapped] + self.plain)
+
+    @property
+    def layers(self) -> Backbone:
+        """The backbones without wrappers: one layer or model, or a list."""
+        layers = [wrapper.backbone for wrapper in self.wrapped] + self.plain
+        return layers[0] if len(layers) == 1 else layers
+
+    def check(self, layers: Selection, train_batchnorm: bool) -> None:
+        """Raises a ValueError if these layers cannot be unfrozen, or `layers` selects nothing."""
         if self.plain and train_batchnorm:
             raise ValueError(
                 "`train_batchnorm=True` needs a FrozenBackbone: in the plain backbone "
@@ -57,28 +63,38 @@ class Backbones:
                 "update their moving statistics. Wrap it in keras_tl.FrozenBackbone, or leave "
                 "`train_batchnorm` out."
             )
+        if all(is_built(target) for target in self._targets()):
+            self.still_frozen(layers, train_batchnorm)  # Raises if the selection is empty.
 
-    @property
-    def names(self) -> str:
-        """String. The backbones' names, for a message."""
-        return describe([wrapper.backbone for wrapper in self.wrapped] + self.plain)
-
-    def still_frozen(self) -> list[keras.Variable]:
+    def still_frozen(self, layers: Selection, train_batchnorm: bool) -> list[keras.Variable]:
         """Returns the weights that `unfreeze` would make trainable and that are frozen now.
+
+        Args:
+            layers: Which layers of each backbone; see `selecting.select_layers`. They need not be
+                in every one.
+            train_batchnorm: Bool. Whether BatchNormalization layers train their gamma and beta.
 
         Raises:
             ValueError: If `layers` selects nothing in any backbone.
         """
         return [
             weight
-            for target in self._selecting()
+            for target in self._selecting(layers, train_batchnorm)
             for weight in freezing.would_unfreeze(
-                _unwrapped(target),
-                self._layers,
-                train_batchnorm=self._train_batchnorm,
-                keep_frozen=target.hand_frozen if isinstance(target, FrozenBackbone) else (),
+                unwrapped(target),
+                layers,
+                train_batchnorm=train_batchnorm,
+                keep_frozen=self._kept(target),
             )
         ]
+
+    def trains_only(self, layers: Selection, train_batchnorm: bool) -> bool:
+        """Whether the selected layers of the backbones train now, and no others."""
+        with freezing.trainable_flags_kept([*self.wrapped, *self.plain]):
+            now = {id(weight) for weight in self._trainable()}
+            self.freeze()
+            self.unfreeze(layers, train_batchnorm)
+            return now == {id(weight) for weight in self._trainable()}
 
     def untouched(self) -> bool:
         """Whether there are plain backbones in which nothing has been frozen yet."""
@@ -92,34 +108,53 @@ class Backbones:
         if self.plain:
             freezing.freeze(self.plain)
 
-    def unfreeze(self) -> list[keras.Layer]:
-        """Unfreezes the selected layers. Returns those that became trainable, input to output."""
-        unfrozen = []
-        for target in self._selecting():
+    def unfreeze(self, layers: Selection, train_batchnorm: bool) -> None:
+        """Unfreezes the selected layers."""
+        for target in self._selecting(layers, train_batchnorm):
             if isinstance(target, FrozenBackbone):
-                unfrozen += target.unfreeze(self._layers, train_batchnorm=self._train_batchnorm)
+                target.unfreeze(layers, train_batchnorm=train_batchnorm)
             else:
-                unfrozen += freezing.unfreeze(target, self._layers)
-        return unfrozen
+                freezing.unfreeze(target, layers, keep_frozen=self._hand_frozen)
 
-    def _selecting(self) -> list[Backbone]:
+    def names_of(self, weights: Iterable[keras.Variable]) -> tuple[str, ...]:
+        """Returns the names of the layers that have any of these weights, input to output."""
+        given = {id(weight) for weight in weights}
+        units = layer_units([unwrapped(layer) for layer in [*self.wrapped, *self.plain]])
+        return tuple(layer.name for layer in units if any(id(w) in given for w in layer.weights))
+
+    def _targets(self) -> list[Backbone]:
+        plain = [self.plain[0] if len(self.plain) == 1 else self.plain] if self.plain else []
+        return [*self.wrapped, *plain]
+
+    def _kept(self, target: Backbone) -> list[keras.Variable]:
+        """The weights that were frozen one by one, and stay so."""
+        return target.hand_frozen if isinstance(target, FrozenBackbone) else self._hand_frozen
+
+    def _trainable(self) -> list[keras.Variable]:
+        return [
+            weight for layer in [*self.wrapped, *self.plain] for weight in layer.trainable_weights
+        ]
+
+    def _selecting(self, layers: Selection, train_batchnorm: bool) -> list[Backbone]:
         """The backbones in which `layers` selects something: it need not in every one."""
-        targets: list[Backbone] = [*self.wrapped]
-        if self.plain:
-            targets.append(self.plain[0] if len(self.plain) == 1 else self.plain)
         selecting = []
         errors = []
-        for target in targets:
+        for target in self._targets():
             try:
-                freezing.would_unfreeze(
-                    _unwrapped(target), self._layers, train_batchnorm=self._train_batchnorm
-                )
+                freezing.would_unfreeze(unwrapped(target), layers, train_batchnorm=train_batchnorm)
                 selecting.append(target)
             except ValueError as error:
                 errors.append(error)
         if not selecting:
             raise errors[0]
         return selecting
+
+
+def unwrapped(backbone: Backbone) -> Backbone:
+    """Returns the model that a `FrozenBackbone` wraps; of other backbones, what they are."""
+    if isinstance(backbone, keras.Layer):
+        return backbone.backbone if isinstance(backbone, FrozenBackbone) else backbone
+    return [unwrapped(layer) for layer in backbone]
 
 
 def changeable_weights(model: keras.Model) -> list[keras.Variable]:
@@ -145,10 +180,6 @@ def constant_weights(model: keras.Model) -> list[keras.Variable]:
 
 def _wrappers(model: keras.Model) -> list[keras.Layer]:
     return [layer for layer in flatten_layers(model) if isinstance(layer, FrozenBackbone)]
-
-
-def _unwrapped(target: Backbone) -> Backbone:
-    return target.backbone if isinstance(target, FrozenBackbone) else target
 
 
 def _given(

@@ -5,10 +5,11 @@ A backbone is any Keras layer or model, or a list of layers. Nothing here knows 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import keras
 
@@ -107,16 +108,15 @@ def would_unfreeze(
     return [weight for weight in weights if not weight.trainable]
 
 
-def hand_frozen_weights(backbone: keras.Layer) -> list[int]:
-    """Returns the positions in `backbone.weights` of frozen weights in trainable layers."""
-    frozen = {
-        id(weight)
+def hand_frozen_weights(backbone: Backbone) -> list[keras.Variable]:
+    """Returns the weights that were frozen one by one, in layers that are trainable."""
+    return [
+        weight
         for layer in flatten_layers(backbone)
         if layer.trainable
         for weight in internals.own_trainable_weights(layer)
         if not weight.trainable
-    }
-    return [index for index, weight in enumerate(backbone.weights) if id(weight) in frozen]
+    ]
 
 
 def changeable_weights(
@@ -215,6 +215,16 @@ def set_trainable_flags(backbone: Backbone, flags: TrainableFlags) -> None:
         internals.set_layer_flag(layer, flag)
     for weight, flag in zip(weights, flags.weights):
         internals.set_weight_flag(weight, flag)
+
+
+@contextlib.contextmanager
+def trainable_flags_kept(backbone: Backbone) -> Iterator[None]:
+    """A context that puts every flag in the backbone back at its end."""
+    flags = get_trainable_flags(backbone)
+    try:
+        yield
+    finally:
+        set_trainable_flags(backbone, flags)
 
 
 def _weights_of(layers: Iterable[keras.Layer]) -> list[keras.Variable]:

@@ -80,6 +80,27 @@ def called_in_inference_mode(layer: keras.Layer) -> list[keras.Layer]:
     return [layer for layer, given in modes.items() if all(mode is False for mode in given)]
 
 
+def bottlenecks(layer: keras.Layer) -> list[keras.Layer] | None:
+    """Returns the layers of a model's graph through whose output alone everything passes.
+
+    None if the layer is no Functional or Sequential model, and so has no graph.
+    """
+    graph = getattr(layer, "_functional", layer)
+    depths = getattr(graph, "_nodes_by_depth", None)
+    if depths is None:
+        return None
+    depth_of = {id(node): depth for depth, nodes in depths.items() for node in nodes}
+    spanned: set[int] = set()
+    for depth, nodes in depths.items():
+        for parent in (parent for node in nodes for parent in node.parent_nodes):
+            spanned.update(range(depth + 1, depth_of.get(id(parent), depth)))
+    return [
+        nodes[0].operation
+        for depth, nodes in depths.items()
+        if len(nodes) == 1 and depth not in spanned
+    ]
+
+
 @contextlib.contextmanager
 def call_context_kept() -> Iterator[None]:
     """Puts back the `training` value that the layers called after this one are to see.
@@ -215,16 +236,97 @@ def averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
 
 
 def copy_optimizer_state(source: keras.Optimizer, target: keras.Optimizer) -> None:
-    """Gives an optimizer the step count and slots of one of its class for the same variables.
+    """Gives a built optimizer the step count of one of its class, and slots of the same variables.
 
     The learning rate is not copied, nor what optimizers inside it hold.
     """
-    from_source, to_target = (
-        [variable for variable in one._variables if variable is not one._learning_rate]
-        for one in (source, target)
-    )
-    for old, new in zip(from_source, to_target, strict=True):
-        new.assign(old)
+    from_slots, to_slots = _slots(source), _slots(target)
+    from_shared, to_shared = _shared_state(source, from_slots), _shared_state(target, to_slots)
+    pairs = list(zip(from_shared, to_shared, strict=True))
+    known = {source._var_key(v): index for index, v in enumerate(source._trainable_variables)}
+    for index, variable in enumerate(target._trainable_variables):
+        position = known.get(target._var_key(variable))
+        if position is not None:
+            pairs += [
+                (slots[position], to_slots[name][index]) for name, slots in from_slots.items()
+            ]
+    for old, new in pairs:
+        if new is not None:
+            new.assign(old)
+
+
+def _slots(optimizer: keras.Optimizer) -> dict[str, list[Any]]:
+    """The lists in which an optimizer keeps something for each variable, by attribute."""
+    count = len(optimizer._trainable_variables)
+    apart = (optimizer._variables, optimizer._trainable_variables)
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if isinstance(value, list)
+        and len(value) == count
+        and not any(value is one for one in apart)
+        and all(one is None or isinstance(one, keras.Variable) for one in value)
+    }
+
+
+def _shared_state(optimizer: keras.Optimizer, slots: dict[str, list[Any]]) -> list[keras.Variable]:
+    kept = {id(one) for values in slots.values() for one in values}
+    kept.add(id(optimizer._learning_rate))
+    return [variable for variable in optimizer._variables if id(variable) not in kept]
+
+
+def scale_learning_rates(
+    optimizer: keras.Optimizer, scale_of: Callable[[keras.Variable], float]
+) -> None:
+    """Has a built optimizer update each variable at a multiple of the learning rate.
+
+    As if each rate had an optimizer of its own, at the cost of one. Backends that update several
+    variables at once (torch) do so for those of one scale.
+    """
+    scales = [scale_of(variable) for variable in optimizer._trainable_variables]
+
+    def scale(variable: Any) -> float:
+        return scales[optimizer._get_variable_index(variable)]
+
+    rate, update = optimizer._get_current_learning_rate, optimizer.update_step
+    decay = optimizer._apply_weight_decay
+    factor = 1.0
+
+    def scaled_rate() -> Any:
+        return rate() if factor == 1.0 else rate() * factor
+
+    def scaled_update(gradient: Any, variable: Any, learning_rate: Any) -> None:
+        update(gradient, variable, _scaled(learning_rate, scale(variable)))
+
+    def scaled_decay(variables: Sequence[Any]) -> None:
+        nonlocal factor
+        for factor, members in _by_scale(variables):
+            decay(members)
+        factor = 1.0
+
+    def _by_scale(variables: Sequence[Any]) -> list[tuple[float, list[Any]]]:
+        groups: dict[float, list[Any]] = {}
+        for variable in variables:
+            groups.setdefault(scale(variable), []).append(variable)
+        return list(groups.items())
+
+    optimizer._get_current_learning_rate = scaled_rate
+    optimizer._apply_weight_decay = scaled_decay
+    if not hasattr(optimizer, "_parallel_update_step"):
+        optimizer.update_step = scaled_update
+        return
+    together = optimizer._parallel_update_step
+
+    def scaled_together(gradients: list[Any], variables: list[Any], learning_rate: Any) -> None:
+        of = {id(v): gradient for v, gradient in zip(variables, gradients, strict=True)}
+        for one, members in _by_scale(variables):
+            together([of[id(v)] for v in members], members, _scaled(learning_rate, one))
+
+    optimizer._parallel_update_step = scaled_together
+
+
+def _scaled(learning_rate: Any, scale: float) -> Any:
+    return learning_rate if scale == 1.0 else learning_rate * scale
 
 
 def clip_by_global_norm(gradients: Sequence[Any], norm: float) -> list[Any]:

@@ -81,6 +81,14 @@ def layer_units(backbone: Backbone) -> list[keras.Layer]:
     return _unique(unit for layer in _top(backbone) for unit in visit(layer))
 
 
+def check_selection(layers: Selection) -> None:
+    """Raises a ValueError unless `layers` is of a kind that can select layers."""
+    kinds = (str, int, re.Pattern)
+    names = isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)
+    if isinstance(layers, bool) or not (isinstance(layers, kinds) or names or callable(layers)):
+        raise ValueError(f"`layers={layers!r}` is not a selection of layers. {ALLOWED}")
+
+
 def select_layers(
     backbone: Backbone, layers: Selection = "all", *, count_batchnorm: bool = False
 ) -> list[keras.Layer]:
@@ -108,18 +116,17 @@ def select_layers(
     >>> [layer.name for layer in select_layers(backbone, 1)]
     ['b']
     """
+    check_selection(layers)
     if isinstance(layers, str) and layers == "all":
         selected = _roots(backbone)
-    elif isinstance(layers, int) and not isinstance(layers, bool):
+    elif isinstance(layers, int):
         selected = _nearest_output(backbone, layers, count_batchnorm)
     elif isinstance(layers, (str, re.Pattern)):
         selected = _matching(backbone, layers)
-    elif isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers):
+    elif isinstance(layers, Sequence):
         selected = _named(backbone, layers)
-    elif callable(layers):
-        selected = [layer for _, layer in named_layers(backbone) if layers(layer)]
     else:
-        raise ValueError(f"`layers={layers!r}` is not a selection of layers. {ALLOWED}")
+        selected = [layer for _, layer in named_layers(backbone) if layers(layer)]
     if not selected:
         raise ValueError(
             f"`layers={layers!r}` selects no layer of the backbone {describe(backbone)}. {ALLOWED}"

@@ -18,44 +18,16 @@ The Keras internals that this needs are in `internals`.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeAlias
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
-import numpy as np
 
 from keras_tl import freezing, internals
 from keras_tl.best_weights import Snapshot
+from keras_tl.learning_rates import LayerwiseLearningRates, LearningRate, check_learning_rate
 from keras_tl.optimizers import GroupOptimizer
-
-LearningRate: TypeAlias = (
-    float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], float]
-)
-
-
-def check_learning_rate(
-    learning_rate: LearningRate, argument: str = "learning_rate"
-) -> LearningRate:
-    """Returns the learning rate as an optimizer takes it: numbers as a Python float.
-
-    Raises:
-        ValueError: If it is a number that is not finite and above 0, or not a number, schedule or
-            callable.
-    """
-    if isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule) or callable(
-        learning_rate
-    ):
-        return learning_rate
-    is_number = isinstance(learning_rate, (int, float, np.number)) and not isinstance(
-        learning_rate, bool
-    )
-    if is_number and math.isfinite(learning_rate) and learning_rate > 0:
-        return float(learning_rate)
-    raise ValueError(
-        f"`{argument}` must be a finite number above 0, a `LearningRateSchedule` or a callable "
-        f"without arguments. Received: {argument}={learning_rate!r}."
-    )
+from keras_tl.optimizers.assignment import Assignment
 
 
 def renew_optimizer(
@@ -101,35 +73,50 @@ def renew_optimizer(
         config["learning_rate"] = check_learning_rate(learning_rate)
     new = type(inner).from_config(config)
     internals.copy_weight_decay_exclusions(inner, new)
-    if inner is not optimizer:
-        return _loss_scaled_like(optimizer, new, variables)
+    new = _loss_scaled_like(optimizer, new)
     if variables is not None:
-        new.build(list(variables))
+        _build(new, variables, optimizer)
     return new
 
 
-def _loss_scaled_like(
-    old: keras.optimizers.LossScaleOptimizer,
-    inner: keras.Optimizer,
-    variables: Sequence[keras.Variable] | None,
-) -> keras.optimizers.LossScaleOptimizer:
+def check_fresh(optimizer: Any) -> None:
+    """Raises a ValueError unless this is an optimizer that is not built."""
+    if not isinstance(optimizer, keras.Optimizer):
+        raise ValueError(
+            "`optimizer` must be a `keras.optimizers.Optimizer` instance. "
+            f"Received: optimizer={optimizer!r}."
+        )
+    if optimizer.built:
+        raise ValueError(
+            f"`optimizer` {optimizer.name!r} is built already, and can only update the variables "
+            "it was built with. Pass a fresh instance."
+        )
+
+
+def _loss_scaled_like(old: keras.Optimizer, new: keras.Optimizer) -> keras.Optimizer:
+    """Wraps an optimizer as `compile` wrapped the one before it, if it did."""
+    wrapper = keras.optimizers.LossScaleOptimizer
+    if not isinstance(old, wrapper) or isinstance(new, wrapper):
+        return new
     scale = float(internals.on_host(old.dynamic_scale)) if old.built else old.initial_scale
-    new = keras.optimizers.LossScaleOptimizer(
-        inner, initial_scale=scale, dynamic_growth_steps=old.dynamic_growth_steps, name=old.name
+    return wrapper(
+        new, initial_scale=scale, dynamic_growth_steps=old.dynamic_growth_steps, name=old.name
     )
-    if variables is not None:
-        new.build(list(variables))
-        if old.built:
-            new.step_counter.assign(old.step_counter)
-    return new
+
+
+def _build(new: keras.Optimizer, variables: Sequence[keras.Variable], old: keras.Optimizer) -> None:
+    new.build(list(variables))
+    if isinstance(new, keras.optimizers.LossScaleOptimizer) and old.built:
+        new.step_counter.assign(getattr(old, "step_counter", 0))
 
 
 def renew_training(
     model: keras.Model,
-    learning_rate: LearningRate | None = None,
+    learning_rate: LearningRate | LayerwiseLearningRates | None = None,
     *,
     head_learning_rate: LearningRate | None = None,
     optimizer: keras.Optimizer | None = None,
+    group: str = "backbone",
     keep_evaluation: bool = False,
 ) -> None:
     """Has a compiled model train, from the next step on, the weights that are trainable now.
@@ -139,13 +126,15 @@ def renew_training(
 
     Args:
         model: A compiled and built model.
-        learning_rate: Float, `LearningRateSchedule` or callable for a copy of the model's
-            optimizer. None keeps the old setting.
+        learning_rate: Float, `LearningRateSchedule`, callable or `LayerwiseLearningRates` for a
+            copy of the model's optimizer. None keeps the old setting; a `GroupOptimizer` then keeps
+            the state of each group that no weight joins.
         head_learning_rate: The same for the weights that have been trained so far, which then keep
-            the state of their optimizer, in a group "head"; those that join are the group
-            "backbone". None gives one new optimizer to all.
-        optimizer: An optimizer to use instead of a copy of the model's. One that is built already
-            is copied.
+            the state of their optimizer, in a group "head" (or the groups they are in); those that
+            join are a new group. None gives one new optimizer to all.
+        optimizer: An optimizer to use instead of a copy of the model's. A copy of it is used if
+            it is built already, or a learning rate is given.
+        group: String. The name of the new group.
         keep_evaluation: Bool. Whether the evaluation function may stay, where the backend allows
             it: right if nothing that it computes depends on the flags that changed (regularizers
             do).
@@ -158,50 +147,83 @@ def renew_training(
     >>> renew_training(model, 1e-4)
     """
     variables = model.trainable_variables
+    old = internals.without_loss_scale(model.optimizer)
     with internals.strategy_scope(model):
-        if head_learning_rate is not None:
-            joining = internals.without_loss_scale(optimizer or model.optimizer)
-            if optimizer is None or joining.built:
-                joining = renew_optimizer(joining, learning_rate)
-            optimizer = _joined(model.optimizer, head_learning_rate, joining, variables)
-        elif optimizer is None:
-            optimizer = renew_optimizer(model.optimizer, learning_rate, variables=variables)
+        if isinstance(old, GroupOptimizer) and learning_rate is None and optimizer is None:
+            groups = {name: renew_optimizer(one) for name, one in old.groups.items()}
+            new = _continued(old, groups, old.assign, variables)
         else:
-            if optimizer.built:
-                optimizer = renew_optimizer(optimizer, learning_rate)
-            optimizer = _loss_scaled_if(model.optimizer, optimizer)
-            optimizer.build(variables)
-    internals.install_optimizer(model, optimizer)
+            new = _fresh(optimizer, old, learning_rate)
+            if head_learning_rate is not None:
+                new = internals.without_loss_scale(new)
+                new = _joined(old, head_learning_rate, new, group, learning_rate, variables)
+            elif isinstance(learning_rate, LayerwiseLearningRates):
+                groups = {"head": renew_optimizer(new), group: new}
+                new = GroupOptimizer(groups, assign={group: learning_rate})
+        new = _loss_scaled_like(model.optimizer, new)
+        _build(new, variables, model.optimizer)
+    internals.install_optimizer(model, new)
     internals.renew_functions(model, keep_evaluation=keep_evaluation)
+
+
+def _fresh(
+    given: keras.Optimizer | None,
+    old: keras.Optimizer,
+    learning_rate: LearningRate | LayerwiseLearningRates | None,
+) -> keras.Optimizer:
+    """Returns an optimizer that is not built: the one given, or a copy of the newest there is."""
+    if given is not None and not given.built and learning_rate is None:
+        return given
+    if given is None:
+        given = list(old.groups.values())[-1] if isinstance(old, GroupOptimizer) else old
+    if isinstance(learning_rate, LayerwiseLearningRates):
+        learning_rate = learning_rate.learning_rate
+    return renew_optimizer(given, learning_rate)
 
 
 def _joined(
     old: keras.Optimizer,
     head_learning_rate: LearningRate,
     joining: keras.Optimizer,
+    group: str,
+    learning_rate: LearningRate | LayerwiseLearningRates | None,
     variables: Sequence[keras.Variable],
-) -> keras.Optimizer:
+) -> GroupOptimizer:
     """Returns an optimizer that goes on where `old` is, and takes new variables as a group."""
-    inner = internals.without_loss_scale(old)
-    known = {id(variable) for variable in internals.optimizer_weights(old) or ()}
-    head = renew_optimizer(inner, head_learning_rate)
-    groups = GroupOptimizer(
-        {"head": head, "backbone": joining}, assign={"head": lambda one: id(one) in known}
-    )
-    optimizer = _loss_scaled_if(old, groups)
-    optimizer.build(variables)
-    internals.copy_optimizer_state(inner, head)
-    groups.iterations.assign(inner.iterations)
-    if optimizer is not groups:
-        internals.copy_optimizer_state(old, optimizer)
-    return optimizer
+    before = _groups_of(old)
+    groups = {
+        name: renew_optimizer(one, head_learning_rate if name == "head" else None)
+        for name, one in before.items()
+    }
+    assign: dict[str, Assignment] = {name: _same_as(one) for name, one in before.items()}
+    if isinstance(learning_rate, LayerwiseLearningRates):
+        known = {id(variable) for variable in internals.optimizer_weights(old) or ()}
+        new = [variable for variable in variables if id(variable) not in known]
+        assign[group] = learning_rate.restricted_to(new)
+    return _continued(old, {**groups, group: joining}, assign, variables)
 
 
-def _loss_scaled_if(old: keras.Optimizer, new: keras.Optimizer) -> keras.Optimizer:
-    """Wraps a user's optimizer as `compile` wrapped the one before it."""
-    if isinstance(old, keras.optimizers.LossScaleOptimizer) and not isinstance(new, type(old)):
-        return _loss_scaled_like(old, new, None)
+def _continued(
+    old: keras.Optimizer,
+    groups: Mapping[str, keras.Optimizer],
+    assign: Mapping[str, Assignment],
+    variables: Sequence[keras.Variable],
+) -> GroupOptimizer:
+    """Returns built groups that go on where `old` is."""
+    clipnorm = old.global_clipnorm if isinstance(old, GroupOptimizer) else None
+    new = GroupOptimizer(groups, assign=assign, global_clipnorm=clipnorm)
+    new.build_from(variables, old if isinstance(old, GroupOptimizer) else _groups_of(old))
+    new.iterations.assign(old.iterations)
     return new
+
+
+def _groups_of(optimizer: keras.Optimizer) -> dict[str, keras.Optimizer]:
+    return optimizer.groups if isinstance(optimizer, GroupOptimizer) else {"head": optimizer}
+
+
+def _same_as(optimizer: keras.Optimizer) -> Callable[[keras.Variable], bool]:
+    known = {id(variable) for variable in internals.optimizer_weights(optimizer) or ()}
+    return lambda variable: id(variable) in known
 
 
 @contextlib.contextmanager
@@ -223,7 +245,16 @@ def all_or_nothing(model: keras.Model, weights: Iterable[keras.Variable] = ()) -
         raise
 
 
-def regularization_loss(weights: Iterable[keras.Variable]) -> float:
-    """Returns what regularizers add to the loss while these weights are trainable."""
-    terms = [weight.regularizer(weight) for weight in weights if weight.regularizer is not None]
+def regularization_loss(
+    weights: Iterable[keras.Variable], value_of: Callable[[keras.Variable], Any] = lambda one: one
+) -> float:
+    """Returns what regularizers add to the loss while these weights are trainable.
+
+    Args:
+        weights: The weights.
+        value_of: Function from a weight to its value, to ask of other values than they have.
+    """
+    terms = [
+        weight.regularizer(value_of(weight)) for weight in weights if weight.regularizer is not None
+    ]
     return float(sum(float(keras.ops.convert_to_numpy(term)) for term in terms))

@@ -74,3 +74,11 @@ class MonitoredValue:
             self._warned = True
             warnings.warn(f"{message} Waiting for an epoch with validation.", stacklevel=2)
         return None
+
+
+def check_monitor(monitor: str, mode: str) -> None:
+    """Raises a ValueError unless these can be the arguments of the callbacks that monitor."""
+    if not isinstance(monitor, str):
+        raise ValueError(f"`monitor` must be a name in the logs. Received: monitor={monitor!r}.")
+    if mode not in ("auto", "min", "max"):
+        raise ValueError(f'`mode` must be "auto", "min" or "max". Received: mode={mode!r}.')

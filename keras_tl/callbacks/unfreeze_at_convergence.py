@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
-import inspect
 import math
 import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,40 +13,14 @@ from keras_tl import freezing, internals, switching
 from keras_tl.backbones import Backbones, changeable_weights
 from keras_tl.best_weights import BestWeights
 from keras_tl.callbacks.messages import say
-from keras_tl.callbacks.monitored_value import MonitoredValue
+from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
+from keras_tl.callbacks.transition import Transition
 from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
+from keras_tl.learning_rates import LayerwiseLearningRates, LearningRate
 from keras_tl.optimizers import GroupOptimizer
 from keras_tl.selecting import Backbone, Selection, is_built
-from keras_tl.switching import LearningRate
-
-
-@dataclasses.dataclass(frozen=True)
-class Transition:
-    """A switch from one stage to the next.
-
-    Attributes:
-        epoch: Int. The first epoch of the new stage, counted from 0.
-        stage: Int. The new stage.
-        reason: String. `"converged"`, `"early_stopping"` (another callback's) or
-            `"max_frozen_epochs"`.
-        value: Float or None. The best monitored value of the stage that ended.
-        learning_rate_before: Float. The learning rate at the end of that stage.
-        learning_rate_after: Float. The learning rate that the new stage starts with.
-        trainable_before: Int. How many parameters were trainable before.
-        trainable_after: Int. How many are trainable after.
-        layers: Tuple of strings. The names of the layers that became trainable, from input to
-            output.
-    """
-
-    epoch: int
-    stage: int
-    reason: str
-    value: float | None
-    learning_rate_before: float
-    learning_rate_after: float
-    trainable_before: int
-    trainable_after: int
-    layers: tuple[str, ...]
+from keras_tl.stages import DEFAULT_RATE, Stage, check_stages
+from keras_tl.warm_up import WarmUp, check_can_warm_up, learning_rate_of
 
 
 class UnfreezeAtConvergence(keras.callbacks.Callback):
@@ -69,45 +42,55 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     `FrozenBackbone` can train their gamma and beta.
 
     A model whose layers in question are trainable already, such as one loaded after the switch,
-    starts in stage 1.
+    starts in stage 1; with `stages` in the first in which just the layers that are trainable train.
+
+    A model compiled with a `GroupOptimizer` keeps its groups: what is unfrozen joins the group that
+    `assign` says, with that group's learning rate, and groups that nothing joins keep their state.
 
     Args:
-        learning_rate: Float, `LearningRateSchedule` or callable, as an optimizer takes it. The
-            learning rate of stage 1. Defaults to `1e-5`.
+        learning_rate: Float, `LearningRateSchedule` or callable, as an optimizer takes it; or a
+            dictionary from names of layers to floats, such as `layerwise_learning_rates` returns.
+            The learning rate of stage 1. Defaults to `1e-5`.
         backbone: The layer, model or list of layers to unfreeze. Defaults to every `FrozenBackbone`
             in the model.
         layers: Which layers of the backbone are unfrozen; see `FrozenBackbone.unfreeze`. Defaults
             to `"all"`.
         train_batchnorm: Bool. Whether BatchNormalization layers in a `FrozenBackbone` train their
             gamma and beta. Their moving statistics never move. Defaults to `False`.
+        stages: List of `Stage`, or of dictionaries from `Stage.to_dict`: what trains in stages 1,
+            2 and so on, instead of `layers`, `learning_rate`, `train_batchnorm` and
+            `head_learning_rate`. Defaults to `None`.
         monitor: String. The quantity in the logs to judge convergence by. Defaults to `"val_loss"`.
         mode: One of `"auto"`, `"min"`, `"max"`, as in `keras.callbacks.EarlyStopping`.
         min_delta: Float. Smallest change that counts as an improvement when convergence is judged.
             Weights of a smaller improvement are kept as the best of the run all the same. Defaults
             to `0.0`.
-        patience: Int. Epochs without improvement after which the head has converged. Defaults to
-            `3`.
+        patience: Int. Epochs without improvement after which the head has converged; and any
+            stage but the last that has neither `patience` nor `epochs` itself. Defaults to `3`.
         start_from_epoch: Int. Epochs before it are not judged. Defaults to `0`.
         max_frozen_epochs: Int or None. Epochs of `fit` after which stage 0 ends even if the head
             has not converged. Defaults to `None`.
         optimizer: A `keras.optimizers.Optimizer` that is not built, for stage 1, with its own
             learning rate (`learning_rate` is then to be left out). Defaults to a copy of the
-            compiled one's configuration.
+            compiled one's configuration. Each of `stages` takes a copy, with its learning rate.
         head_learning_rate: Float, `LearningRateSchedule` or callable. The learning rate in stage 1
             of what trains in stage 0, which then keeps its optimizer's state, as the group "head"
             of a `GroupOptimizer`; the backbone joins as the group "backbone", with `learning_rate`.
-            The logs get `learning_rate_head` and `learning_rate_backbone` (0 while it is frozen).
+            The logs get `learning_rate_head` and `learning_rate_backbone` (0 while it is frozen;
+            with `stages`, `learning_rate_backbone_1` and so on, for what joined in each).
             Defaults to `None`: one new optimizer with `learning_rate` for all.
-        fine_tune_patience: Int or None. Epochs without improvement in stage 1 after which training
-            stops. Defaults to `None`: training goes on to the last epoch.
-        restore_best_weights: Bool. Whether the best weights of stage 0 are restored before
-            fine-tuning, and those of the whole run at its end. Values are compared across the
-            switch after adding what regularizers of the unfrozen layers put on the loss. Defaults
-            to `True`.
+        warmup_steps: Int. Steps after a switch in which the learning rate of what is new rises
+            linearly from zero to the stage's. Defaults to `0`.
+        fine_tune_patience: Int or None. Epochs without improvement in the last stage after which
+            training stops. Defaults to `None`: training goes on to the last epoch.
+        restore_best_weights: Bool. Whether the best weights of a stage are restored before the
+            next, and those of the whole run at its end. Values are compared across a switch after
+            adding what regularizers of the unfrozen layers put on the loss. Defaults to `True`.
         verbose: 0 or 1. Whether a switch and the end are reported. Defaults to `1`.
 
     Attributes:
-        stage: Int. The stage that the model is in: 0 while the backbone is frozen, then 1.
+        stage: Int. The stage that the model is in: 0 while the backbone is frozen, then 1, ...
+        stages: List of `Stage`, those after stage 0.
         transitions: List of `Transition`, the switches of the last `fit`.
 
     Raises:
@@ -140,11 +123,12 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def __init__(
         self,
-        learning_rate: LearningRate = 1e-5,
+        learning_rate: LearningRate | Mapping[str, float] = DEFAULT_RATE,
         *,
         backbone: Backbone | None = None,
         layers: Selection = "all",
         train_batchnorm: bool = False,
+        stages: Sequence[Stage | Mapping[str, Any]] | None = None,
         monitor: str = "val_loss",
         mode: str = "auto",
         min_delta: float = 0.0,
@@ -153,24 +137,29 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         max_frozen_epochs: int | None = None,
         optimizer: keras.Optimizer | None = None,
         head_learning_rate: LearningRate | None = None,
+        warmup_steps: int = 0,
         fine_tune_patience: int | None = None,
         restore_best_weights: bool = True,
         verbose: int = 1,
     ):
         super().__init__()
-        self.learning_rate = switching.check_learning_rate(learning_rate)
+        only = Stage(
+            layers,
+            learning_rate,
+            head_learning_rate=head_learning_rate,
+            train_batchnorm=train_batchnorm,
+        )
+        self.stages = [only] if stages is None else check_stages(stages, instead_of=only)
         if optimizer is not None:
-            _check_optimizer(optimizer, self.learning_rate)
-        if head_learning_rate is not None:
-            head_learning_rate = switching.check_learning_rate(
-                head_learning_rate, "head_learning_rate"
-            )
-        if not isinstance(monitor, str):
-            raise ValueError(
-                f"`monitor` must be a name in the logs. Received: monitor={monitor!r}."
-            )
-        if mode not in ("auto", "min", "max"):
-            raise ValueError(f'`mode` must be "auto", "min" or "max". Received: mode={mode!r}.')
+            switching.check_fresh(optimizer)
+            if stages is None:
+                only.check_rate_is_default(optimizer)
+        check_count("warmup_steps", warmup_steps)
+        if warmup_steps:
+            check_can_warm_up(*[stage.learning_rate for stage in self.stages], optimizer)
+            # As an attribute: a hook that is always there would cost JAX its asynchronous dispatch.
+            self.on_train_batch_begin = self._on_train_batch_begin
+        check_monitor(monitor, mode)
         check_min_delta(min_delta)
         check_count("patience", patience)
         check_count("start_from_epoch", start_from_epoch)
@@ -179,8 +168,6 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if fine_tune_patience is not None:
             check_count("fine_tune_patience", fine_tune_patience)
         self.backbone = backbone
-        self.layers = layers
-        self.train_batchnorm = train_batchnorm
         self.monitor = monitor
         self.mode = mode
         self.min_delta = min_delta
@@ -188,12 +175,13 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.start_from_epoch = start_from_epoch
         self.max_frozen_epochs = max_frozen_epochs
         self.optimizer = optimizer
-        self.head_learning_rate = head_learning_rate
+        self.warmup_steps = warmup_steps
         self.fine_tune_patience = fine_tune_patience
         self.restore_best_weights = restore_best_weights
         self.verbose = verbose
         self.stage = 0
         self.transitions: list[Transition] = []
+        self._scheduled = stages is not None
         self._renewed_optimizer: keras.Optimizer | None = None
 
     # Hooks, in the order in which `fit` calls them.
@@ -201,20 +189,22 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._check_optimizer()
         self._beside = internals.callbacks_beside(self)
-        self._backbones = Backbones(self.model, self.backbone, self.layers, self.train_batchnorm)
+        self._backbones = Backbones(self.model, self.backbone)
+        for stage in self.stages:
+            self._check_stage(stage)
         self._monitored = MonitoredValue(self.monitor, self.mode, self.model)
         self._best: BestWeights | None = None
+        self._warm_up: WarmUp | None = None
         self._switch_reason: str | None = None
         self._stop_reason: str | None = None
         self.transitions = []
         self._prepared = is_built(self.model)
-        if self._prepared:
-            self._backbones.still_frozen()  # Raises if the selection is empty.
         self._freeze_untouched()
         if self._prepared:
             self._find_stage()
         else:
             self._begin_stage(0)
+        self._keeps_groups = self.stage == 0 and self._compiled_with_groups()
         if self.stage == 0:
             self._check_renewable()
 
@@ -223,28 +213,42 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._switch(epoch, self._switch_reason)
             self._switch_reason = None
 
+    def _on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        # On JAX the values are with the model only after this property was read.
+        if self._warm_up is not None and self.model and self._warm_up.before_step():
+            self._warm_up = None
+
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
         if not self._prepared:
             # Keras builds a subclassed model in its first step, on TensorFlow.
             self._prepared = True
+            for stage in self.stages:
+                self._check_stage(stage)
             self._find_stage()
         last_epoch = epoch + 1 == (self.params or {}).get("epochs")
         value = self._monitored.read(logs, last_epoch=last_epoch)
         logs.update(self._learning_rates())
         logs["stage"] = self.stage
         self._stage_epochs += 1
-        converged = value is not None and self._converged(epoch, value)
-        if self.stage == 0:
-            self._decide_switch(epoch, converged, logs)
-        else:
-            self._decide_stop(epoch, converged, value)
+        ended = self._why_ended(epoch, value)
+        if self.stage > 0 and value is not None and not math.isfinite(value):
+            self._stop(epoch, f"{self.monitor} is {value}")
+        elif self.stage < len(self.stages):
+            self._decide_switch(epoch, ended, logs)
+        elif ended is not None:
+            self._stop(epoch, self._described(ended))
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         if self._stop_reason is not None:
             self._say(self._stop_reason)
         if self.stage == 0:
             warnings.warn(self._why_still_frozen(), stacklevel=2)
+        elif self.stage < len(self.stages):
+            self._say(
+                f"UnfreezeAtConvergence: training ended in stage {self.stage} of "
+                f"{len(self.stages)}. Pass more `epochs` to `fit` for the others."
+            )
         if self._best is not None and self._best.epoch is not None:
             self._best.restore_run()
             self._say(
@@ -255,16 +259,6 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     # Before the first step.
 
-    def _find_stage(self) -> None:
-        """Goes on in stage 1 if there is nothing left to unfreeze, as in a model loaded from it."""
-        fine_tuning = not self._backbones.still_frozen()
-        self._begin_stage(1 if fine_tuning else 0)
-        if fine_tuning:
-            self._say(
-                f"UnfreezeAtConvergence goes on fine-tuning {self._backbones.names}, which is "
-                f"trainable already, with learning rate {_learning_rate_of(self.model):.4g}."
-            )
-
     def _check_optimizer(self) -> None:
         if self.model.optimizer is None:
             raise ValueError(
@@ -273,17 +267,49 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 "`self.optimizer`."
             )
 
+    def _check_stage(self, stage: Stage) -> None:
+        self._backbones.check(stage.layers, stage.train_batchnorm)
+        if is_built(self.model) and isinstance(stage.learning_rate, Mapping):
+            rates = self._layerwise(stage.learning_rate)
+            with freezing.trainable_flags_kept(self.model):
+                before = self.model.trainable_weights
+                self._backbones.unfreeze(stage.layers, stage.train_batchnorm)
+                for weight in _without(self.model.trainable_weights, before):
+                    rates.of(weight)
+
     def _check_renewable(self) -> None:
+        """Raises now what would else be raised at the first switch."""
         compiled = internals.without_loss_scale(self.model.optimizer)
-        several = isinstance(compiled, keras.optimizers.MultiOptimizer)
-        if self.head_learning_rate is not None and several:
+        if self._keeps_groups:
+            self._check_groups(compiled)
+            if self.warmup_steps:
+                check_can_warm_up(*compiled.groups.values())
+        elif isinstance(compiled, keras.optimizers.MultiOptimizer):
+            if any(stage.head_learning_rate is not None for stage in self.stages):
+                raise ValueError(
+                    "`head_learning_rate` needs a model compiled with one optimizer, to go on "
+                    f"with. Received: {compiled.name!r}, which has several. Leave "
+                    "`head_learning_rate` out and pass `optimizer`, or compile with one."
+                )
+            if self.optimizer is None:
+                switching.renew_optimizer(compiled)
+
+    def _compiled_with_groups(self) -> bool:
+        """Whether the model's own parameter groups stay."""
+        compiled = internals.without_loss_scale(self.model.optimizer)
+        return self.optimizer is None and isinstance(compiled, GroupOptimizer)
+
+    def _check_groups(self, compiled: GroupOptimizer) -> None:
+        only = self.stages[0]
+        if self._scheduled or (only.learning_rate, only.head_learning_rate) != (DEFAULT_RATE, None):
             raise ValueError(
-                f"`head_learning_rate={self.head_learning_rate!r}` needs a model compiled with one "
-                f"optimizer, to go on with. Received: {compiled.name!r}, which has several. Leave "
-                "`head_learning_rate` out and pass `optimizer`, or compile with one."
+                f"The model is compiled with the GroupOptimizer {compiled.name!r}, whose groups "
+                "have their own learning rates, so `learning_rate`, `head_learning_rate` and "
+                "`stages` would be lost. Leave them out, or compile with one optimizer."
             )
-        if self.optimizer is None:
-            switching.renew_optimizer(self.model.optimizer, self.learning_rate)
+        if self._prepared:
+            joining = self._backbones.still_frozen(only.layers, only.train_batchnorm)
+            compiled.resolve([*self.model.trainable_weights, *joining])
 
     def _freeze_untouched(self) -> None:
         """Freezes a plain backbone that nobody has frozen yet, unless a switch unfroze it."""
@@ -295,6 +321,25 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                     switching.renew_training(self.model)
             self._say(f"UnfreezeAtConvergence froze {self._backbones.names}, which was trainable.")
 
+    def _find_stage(self) -> None:
+        """Goes on in the stage that the model is in, as one loaded from it."""
+        self._begin_stage(self._stage_of_model())
+        if self.stage > 0:
+            rate = learning_rate_of(self.model.optimizer)
+            self._say(
+                f"UnfreezeAtConvergence goes on fine-tuning {self._backbones.names}, which is "
+                f"trainable already, with learning rate {rate:.4g}."
+            )
+
+    def _stage_of_model(self) -> int:
+        if self._scheduled:
+            for number, stage in enumerate(self.stages, start=1):
+                if self._backbones.trains_only(stage.layers, stage.train_batchnorm):
+                    return number
+            return 0
+        only = self.stages[0]
+        return 0 if self._backbones.still_frozen(only.layers, only.train_batchnorm) else 1
+
     def _begin_stage(self, stage: int) -> None:
         self.stage = stage
         self._stage_epochs = 0
@@ -305,19 +350,43 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def _learning_rates(self) -> dict[str, float]:
         """What the logs get; every key from the first epoch, or CSVLogger and History drop it."""
-        rates = {"learning_rate": _learning_rate_of(self.model)}
         optimizer = internals.without_loss_scale(self.model.optimizer)
+        rate = learning_rate_of(optimizer)
+        rates = {"learning_rate": rate}
+        if any(stage.head_learning_rate is not None or stage.layerwise for stage in self.stages):
+            rates["learning_rate_head"] = rate
+            for number in range(1, len(self.stages) + 1):
+                joined = number <= self.stage
+                rates[f"learning_rate_{self._group(number)}"] = rate if joined else 0.0
         if isinstance(optimizer, GroupOptimizer):
-            for group, one in optimizer.groups.items():
-                rates[f"learning_rate_{group}"] = _as_float(one.learning_rate)
-        elif self.head_learning_rate is not None:
-            rates["learning_rate_head"] = rates["learning_rate"]
-            rates["learning_rate_backbone"] = 0.0
+            rates.update(optimizer.logs())
         return rates
 
-    def _converged(self, epoch: int, value: float) -> bool:
-        """Takes a value in, keeps the best weights, and says whether the stage has converged."""
-        patience = self.patience if self.stage == 0 else self.fine_tune_patience
+    def _group(self, stage: int) -> str:
+        """The name of the parameter group of what joins in a stage."""
+        return f"backbone_{stage}" if self._scheduled else "backbone"
+
+    def _limits(self) -> tuple[int | None, int | None]:
+        """After how many epochs without improvement, and of all, the stage ends."""
+        if self.stage == 0:
+            return self.patience, self.max_frozen_epochs
+        stage = self.stages[self.stage - 1]
+        patience = stage.patience
+        if patience is None and stage.epochs is None:
+            last = self.stage == len(self.stages)
+            patience = self.fine_tune_patience if last else self.patience
+        return patience, stage.epochs
+
+    def _why_ended(self, epoch: int, value: float | None) -> str | None:
+        """Takes an epoch in, and says why the stage has ended, if it has."""
+        patience, limit = self._limits()
+        if value is not None and self._converged(epoch, value, patience):
+            return "converged"
+        if limit is not None and self._stage_epochs >= limit:
+            return "max_frozen_epochs" if self.stage == 0 else "epochs"
+        return None
+
+    def _converged(self, epoch: int, value: float, patience: int | None) -> bool:
         if self._judge is None:
             self._judge = ConvergenceMonitor(
                 mode=self._monitored.mode,
@@ -333,13 +402,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._best.update(epoch, value, self._changeable, best_of_stage=best_of_stage)
         return converged
 
-    def _decide_switch(self, epoch: int, converged: bool, logs: dict[str, Any]) -> None:
-        if converged:
-            self._switch_reason = "converged"
-        elif self.max_frozen_epochs is not None and self._stage_epochs >= self.max_frozen_epochs:
-            self._switch_reason = "max_frozen_epochs"
+    def _decide_switch(self, epoch: int, ended: str | None, logs: dict[str, Any]) -> None:
+        self._switch_reason = ended
         if self.model.stop_training and self._stopped_early(epoch, logs):
-            self._switch_reason = self._switch_reason or "early_stopping"
+            self._switch_reason = ended or "early_stopping"
             self.model.stop_training = False
 
     def _stopped_early(self, epoch: int, logs: dict[str, Any]) -> bool:
@@ -354,80 +420,97 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             callback for callback in before if isinstance(callback, keras.callbacks.EarlyStopping)
         ]
 
-    def _decide_stop(self, epoch: int, converged: bool, value: float | None) -> None:
-        stopped = f"Epoch {epoch + 1}: UnfreezeAtConvergence stopped: {self.monitor}"
-        if value is not None and not math.isfinite(value):
-            self._stop_reason = f"{stopped} is {value}."
-        elif converged:
-            waited = _epochs(self.fine_tune_patience)
-            self._stop_reason = f"{stopped} has not improved for {waited} of fine-tuning."
-        if self._stop_reason is not None:
-            self.model.stop_training = True
+    def _stop(self, epoch: int, why: str) -> None:
+        self._stop_reason = f"Epoch {epoch + 1}: UnfreezeAtConvergence stopped: {why}."
+        self.model.stop_training = True
 
     # The switch.
 
     def _switch(self, epoch: int, reason: str) -> None:
         before = list(self.model.trainable_weights)
-        rate = _learning_rate_of(self.model)
-        layers = self._fine_tune(before)
+        rate = learning_rate_of(self.model.optimizer)
+        self._enter(self.stage + 1, before)
+        after = self.model.trainable_weights
         transition = Transition(
             epoch=epoch,
             stage=self.stage + 1,
             reason=reason,
             value=None if self._judge is None else self._judge.best,
             learning_rate_before=rate,
-            learning_rate_after=_learning_rate_of(self.model),
+            learning_rate_after=learning_rate_of(self.model.optimizer),
             trainable_before=freezing.count_params(before),
-            trainable_after=freezing.count_params(self.model.trainable_weights),
-            layers=tuple(layer.name for layer in layers),
+            trainable_after=freezing.count_params(after),
+            layers=self._backbones.names_of(_without(after, before)),
+            frozen=self._backbones.names_of(_without(before, after)),
         )
         self.transitions.append(transition)
-        self._say(self._describe(transition))
+        self._say(transition.describe(self._backbones.names, self._described(reason)))
         self._begin_stage(transition.stage)
-        self._carry_best_over(_without(self.model.trainable_weights, before))
+        self._carry_best_over(before)
+        if self.warmup_steps:
+            self._warm_up = WarmUp(self._fresh_optimizers(), self.warmup_steps)
         for callback in self._early_stopping():
             callback.on_train_begin()
 
-    def _fine_tune(self, before: list[keras.Variable]) -> list[keras.Layer]:
-        """Unfreezes, from the best weights on, and renews the training, or changes nothing."""
+    def _enter(self, number: int, before: list[keras.Variable]) -> None:
+        """Goes to a stage, from the best weights on, or changes nothing."""
+        stage = self.stages[number - 1]
         with switching.all_or_nothing(self.model, self._changeable):
             if self._best is not None:
                 self._best.restore_stage()
-            layers = self._backbones.unfreeze()
-            joining = _without(self.model.trainable_weights, before)
+            if self._scheduled:
+                self._backbones.freeze()
+            self._backbones.unfreeze(stage.layers, stage.train_batchnorm)
+            after = self.model.trainable_weights
+            changing = [*_without(after, before), *_without(before, after)]
+            given = self.optimizer is not None and not self._scheduled
             switching.renew_training(
                 self.model,
-                self.learning_rate if self.optimizer is None else None,
-                head_learning_rate=self.head_learning_rate,
+                None if given or self._keeps_groups else self._rate_of(stage),
+                head_learning_rate=stage.head_learning_rate,
                 optimizer=self.optimizer,
-                keep_evaluation=not any(weight.regularizer for weight in joining),
+                group=self._group(number),
+                keep_evaluation=not any(weight.regularizer for weight in changing),
             )
         self._renewed_optimizer = self.model.optimizer
-        return layers
 
-    def _carry_best_over(self, joining: list[keras.Variable]) -> None:
-        """Makes the best value comparable: regularizers of weights that join add to the loss."""
-        if self._best is not None:
-            counts = self.monitor in ("loss", "val_loss")
-            offset = switching.regularization_loss(joining) if counts else 0.0
-            self._best.begin_stage(self._changeable, offset)
+    def _rate_of(self, stage: Stage) -> LearningRate | LayerwiseLearningRates:
+        if isinstance(stage.learning_rate, Mapping):
+            return self._layerwise(stage.learning_rate)
+        return stage.learning_rate
+
+    def _layerwise(self, rates: Mapping[str, float]) -> LayerwiseLearningRates:
+        if isinstance(rates, LayerwiseLearningRates):
+            return rates
+        return LayerwiseLearningRates(self._backbones.layers, rates)
+
+    def _carry_best_over(self, before: list[keras.Variable]) -> None:
+        """Makes the best value comparable: regularizers count for weights that train only."""
+        if self._best is None:
+            return
+        offset = 0.0
+        if self.monitor in ("loss", "val_loss"):
+            after = self.model.trainable_weights
+            value_of = self._best.value_of
+            offset += switching.regularization_loss(_without(after, before), value_of)
+            offset -= switching.regularization_loss(_without(before, after), value_of)
+        self._best.begin_stage(self._changeable, offset)
+
+    def _fresh_optimizers(self) -> list[keras.Optimizer]:
+        optimizer = internals.without_loss_scale(self.model.optimizer)
+        groups = optimizer.groups.values() if isinstance(optimizer, GroupOptimizer) else [optimizer]
+        return [one for one in groups if one.built and not int(internals.on_host(one.iterations))]
 
     # Messages.
 
-    def _describe(self, transition: Transition) -> str:
-        why = {
-            "converged": f"{self.monitor} has not improved for {_epochs(self.patience)}",
+    def _described(self, reason: str) -> str:
+        patience, _ = self._limits()
+        return {
+            "converged": f"{self.monitor} has not improved for {_epochs(patience)}",
             "early_stopping": "EarlyStopping has seen no improvement",
             "max_frozen_epochs": f"it was frozen for {_epochs(self._stage_epochs)}",
-        }
-        best = "" if transition.value is None else f" (best {transition.value:.4g})"
-        return (
-            f"Epoch {transition.epoch + 1}: UnfreezeAtConvergence unfreezes "
-            f"{self._backbones.names}: {why[transition.reason]}{best}. "
-            f"{len(transition.layers)} layers join, {transition.trainable_before:,} -> "
-            f"{transition.trainable_after:,} trainable parameters, learning rate "
-            f"{transition.learning_rate_before:.4g} -> {transition.learning_rate_after:.4g}."
-        )
+            "epochs": f"stage {self.stage} has had its {_epochs(self._stage_epochs)}",
+        }[reason]
 
     def _why_still_frozen(self) -> str:
         message = "UnfreezeAtConvergence: training ended with the backbone still frozen, because "
@@ -457,31 +540,3 @@ def _epochs(count: int | None) -> str:
 def _without(weights: list[keras.Variable], others: list[keras.Variable]) -> list[keras.Variable]:
     known = {id(weight) for weight in others}
     return [weight for weight in weights if id(weight) not in known]
-
-
-def _learning_rate_of(model: keras.Model) -> float:
-    return _as_float(model.optimizer.learning_rate)
-
-
-def _as_float(value: Any) -> float:
-    return float(keras.ops.convert_to_numpy(value))
-
-
-def _check_optimizer(optimizer: Any, learning_rate: LearningRate) -> None:
-    if not isinstance(optimizer, keras.Optimizer):
-        raise ValueError(
-            "`optimizer` must be a `keras.optimizers.Optimizer` instance. "
-            f"Received: optimizer={optimizer!r}."
-        )
-    if optimizer.built:
-        raise ValueError(
-            f"`optimizer` {optimizer.name!r} is built already, and can only update the variables "
-            "it was built with. Pass a fresh instance."
-        )
-    default = inspect.signature(UnfreezeAtConvergence).parameters["learning_rate"].default
-    if learning_rate != default:
-        raise ValueError(
-            "`optimizer` brings its own learning rate, so "
-            f"`learning_rate={learning_rate!r}` would be lost. Leave it out, and make the "
-            f"optimizer with it: `{type(optimizer).__name__}({learning_rate!r})`."
-        )

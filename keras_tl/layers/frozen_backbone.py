@@ -98,7 +98,10 @@ class FrozenBackbone(keras.layers.Layer):
         )
         self.inference_mode = inference_mode
         self.supports_masking = True
-        self._hand_frozen = tuple(freezing.hand_frozen_weights(backbone))
+        frozen = {id(weight) for weight in freezing.hand_frozen_weights(backbone)}
+        self._hand_frozen = tuple(
+            index for index, weight in enumerate(backbone.weights) if id(weight) in frozen
+        )
         self._flags_when_built: TrainableFlags | None = None
         self._batchnorm_in_inference = internals.HeldInInference(batchnorm_layers(backbone))
         freezing.freeze(backbone)

@@ -3,20 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import keras
 
 from keras_tl import internals
-
-Assignment: TypeAlias = (
-    keras.Layer
-    | str
-    | re.Pattern
-    | Callable[[keras.Variable], bool]
-    | Sequence["keras.Layer | str | re.Pattern"]
-)
+from keras_tl.learning_rates import LayerwiseLearningRates
+from keras_tl.optimizers.assignment import Assignment, check_assign, membership, patterns
 
 
 @keras.saving.register_keras_serializable(package="keras_tl")
@@ -27,15 +21,19 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
     constants: it has its own class, learning rate or schedule, weight decay, step count and state.
 
     `learning_rate` is that of the last group. Setting it, as `ReduceLROnPlateau` and
-    `LearningRateScheduler` do, scales the rates of all groups alike.
+    `LearningRateScheduler` do, scales the rates of all groups alike. `UnfreezeAtConvergence` puts
+    the rates of all groups into the logs; without it, a
+    `LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(optimizer.logs()))` does.
 
     Args:
         groups: Dictionary from names to `keras.optimizers.Optimizer` instances, one for each group,
             that are not built. They take the groups' names.
         assign: Dictionary from names of groups to what is in them: a layer (a model, a
             `FrozenBackbone`), for all of its weights; a regular expression that must match a
-            variable's whole `path`; a list of these; or a function from a variable to a bool. One
-            group may be left out, and takes the rest.
+            variable's whole `path`; a list of these; or a function from a variable to a bool. What
+            `layerwise_learning_rates` returns stands for its backbone's weights, and gives each
+            layer its learning rate, whatever the group's optimizer was made with. One group may be
+            left out, and takes the rest.
         global_clipnorm: Float or None. If set, the gradients of all groups together are clipped to
             this norm. Defaults to `None`.
         loss_scale_factor: Float or None, as in `keras.optimizers.Optimizer`.
@@ -74,7 +72,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
     ):
         assign = dict(assign or {})
         _check_groups(groups)
-        _check_assign(groups, assign)
+        check_assign(groups, assign)
         super().__init__(
             self._optimizer_of, loss_scale_factor=loss_scale_factor, name=name or "group_optimizer"
         )
@@ -84,8 +82,15 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
             optimizer.loss_scale_factor = loss_scale_factor
         self._inner_optimizers = list(groups.values())
         self._assign = assign
+        for group, given in assign.items():
+            if isinstance(given, LayerwiseLearningRates):
+                _set_learning_rate(group, groups[group], given)
         self._names: dict[Any, str] = {}
+        self._scales: dict[Any, float] = {}
+        self._kept: dict[Any, tuple[str, float]] = {}
+        # By position, in a file's configuration.
         self._assigned: list[str] | None = None
+        self._scaled: list[float] | None = None
         self._ratios = {group: 1.0 for group in groups}
         self.global_clipnorm = _check_clipnorm(global_clipnorm, groups)
         self._note_ratios()
@@ -97,20 +102,65 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         """The optimizers by the groups' names."""
         return dict(self._groups)
 
+    @property
+    def assign(self) -> dict[str, Assignment]:
+        """What is in the groups, as it was given."""
+        return dict(self._assign)
+
+    @property
+    def scales(self) -> dict[Any, tuple[str, float]]:
+        """Each variable's group, and the multiple of its rate at which the variable learns."""
+        return {key: (group, self._scales[key]) for key, group in self._names.items()}
+
     def group_of(self, variable: keras.Variable) -> str:
         """Returns the name of the group that a variable is in, once the optimizer is built."""
         return self._names[self._var_key(variable)]
+
+    def logs(self) -> dict[str, float]:
+        """Returns `learning_rate_<group>` for each group, as a float: 0 if nothing is in it."""
+        used = set(self._names.values())
+        return {
+            f"learning_rate_{group}": _rate(optimizer) if group in used else 0.0
+            for group, optimizer in self._groups.items()
+        }
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
         if self.built:
             return
         variables = list(variables)
-        names = self._resolve(variables)
-        self._names = {
-            self._var_key(variable): name for variable, name in zip(variables, names, strict=True)
-        }
-        self._assigned = names
+        keys = [self._var_key(variable) for variable in variables]
+        scales = self._resolve_scales(variables)
+        self._assigned = self.resolve(variables)
+        self._names = dict(zip(keys, self._assigned, strict=True))
+        self._scales = dict(zip(keys, scales, strict=True))
         super().build(variables)
+        for group, optimizer in self._groups.items():
+            if any(self._scale_of(v) != 1.0 for v in variables if self.group_of(v) == group):
+                internals.scale_learning_rates(optimizer, self._scale_of)
+
+    def build_from(
+        self,
+        variables: Sequence[keras.Variable],
+        before: GroupOptimizer | Mapping[str, keras.Optimizer],
+    ) -> None:
+        """Builds the optimizer such that groups go on where they were, if nothing joins them.
+
+        Args:
+            variables: The variables to update.
+            before: Built optimizers by the names of groups, each of the same class as the group's;
+                or a `GroupOptimizer`, whose learning rates by layer are kept too. A group goes on
+                with the state there if it had all of the group's variables; otherwise it starts
+                anew.
+        """
+        if isinstance(before, GroupOptimizer):
+            self._kept = before.scales
+            before = before.groups
+        self.build(variables)
+        for group, old in before.items():
+            known = {id(variable) for variable in internals.optimizer_weights(old) or ()}
+            members = [variable for variable in variables if self.group_of(variable) == group]
+            if members and all(id(variable) in known for variable in members):
+                internals.copy_optimizer_state(old, self._groups[group])
 
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None
@@ -155,10 +205,9 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
                 group: keras.saving.serialize_keras_object(optimizer)
                 for group, optimizer in self._groups.items()
             },
-            "assign": {
-                group: _serializable(assignment) for group, assignment in self._assign.items()
-            },
+            "assign": {group: patterns(assignment) for group, assignment in self._assign.items()},
             "assigned": self._assigned,
+            "scales": list(self._scales.values()) or self._scaled,
             "global_clipnorm": self.global_clipnorm,
             "loss_scale_factor": self.loss_scale_factor,
             "name": self.name,
@@ -169,13 +218,13 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> GroupOptimizer:
         config = dict(config)
-        assigned = config.pop("assigned", None)
+        assigned, scales = config.pop("assigned", None), config.pop("scales", None)
         groups = {
             group: keras.saving.deserialize_keras_object(optimizer, custom_objects=custom_objects)
             for group, optimizer in config.pop("groups").items()
         }
         optimizer = cls(groups, **config)
-        optimizer._assigned = assigned
+        optimizer._assigned, optimizer._scaled = assigned, scales
         return optimizer
 
     # Which variable is in which group.
@@ -183,13 +232,17 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
     def _optimizer_of(self, variable: keras.Variable) -> keras.Optimizer:
         return self._groups[self.group_of(variable)]
 
-    def _resolve(self, variables: list[keras.Variable]) -> list[str]:
-        """Returns the name of each variable's group."""
+    def resolve(self, variables: Sequence[keras.Variable]) -> list[str]:
+        """Returns the name of the group that each variable would be in.
+
+        Raises:
+            ValueError: If a variable is in no group or in two.
+        """
         if self._assigned is not None and len(self._assigned) == len(variables):
             # From a file: by position, as a loaded model's variables may have other paths.
             return self._assigned
         rest = [group for group in self._groups if group not in self._assign]
-        belongs = {group: _members(given) for group, given in self._assign.items()}
+        belongs = {group: membership(given) for group, given in self._assign.items()}
         names, wrong = [], []
         for variable in variables:
             inside = [group for group, member in belongs.items() if member(variable)] or rest
@@ -203,6 +256,25 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
                 "group out of it to take the rest."
             )
         return names
+
+    def _resolve_scales(self, variables: Sequence[keras.Variable]) -> list[float]:
+        """Returns the multiple of its group's learning rate at which each variable learns."""
+        if self._scaled is not None and len(self._scaled) == len(variables):
+            return self._scaled
+        groups = self.resolve(variables)
+        return [self._resolve_scale(v, group) for v, group in zip(variables, groups, strict=True)]
+
+    def _resolve_scale(self, variable: keras.Variable, group: str) -> float:
+        group_before, scale = self._kept.get(self._var_key(variable), (None, 1.0))
+        if group_before == group:
+            return scale
+        given = self._assign.get(group)
+        if isinstance(given, LayerwiseLearningRates):
+            return given.of(variable) / given.learning_rate
+        return 1.0
+
+    def _scale_of(self, variable: keras.Variable) -> float:
+        return self._scales[self._var_key(variable)]
 
     def _note_ratios(self) -> None:
         """Keeps how the rates relate: once all are 0, as in a warm-up, they would not tell."""
@@ -219,29 +291,17 @@ def _rate(optimizer: keras.Optimizer) -> float:
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
-def _members(assignment: Assignment) -> Callable[[keras.Variable], bool]:
-    """Returns a function that says whether a variable is meant."""
-    if isinstance(assignment, keras.Layer):
-        weights = {id(weight) for weight in assignment.weights}
-        return lambda variable: id(variable) in weights
-    if isinstance(assignment, (str, re.Pattern)):
-        pattern = re.compile(assignment)
-        return lambda variable: pattern.fullmatch(variable.path) is not None
-    if callable(assignment):
-        return assignment
-    parts = [_members(part) for part in assignment]
-    return lambda variable: any(part(variable) for part in parts)
-
-
-def _serializable(assignment: Assignment) -> list[str]:
-    """Returns regular expressions for what is meant; none for a function."""
-    if isinstance(assignment, keras.Layer):
-        return [re.escape(weight.path) for weight in assignment.weights]
-    if isinstance(assignment, (str, re.Pattern)):
-        return [assignment if isinstance(assignment, str) else assignment.pattern]
-    if callable(assignment):
-        return []
-    return [pattern for part in assignment for pattern in _serializable(part)]
+def _set_learning_rate(
+    group: str, optimizer: keras.Optimizer, rates: LayerwiseLearningRates
+) -> None:
+    try:
+        optimizer.learning_rate = rates.learning_rate
+    except TypeError as error:
+        raise ValueError(
+            f'The optimizer of the group "{group}" has a schedule or function for a learning rate, '
+            "and layer-wise learning rates would replace it. Make it with a number, and use the "
+            "callback `LearningRateScheduler`, which scales all rates alike."
+        ) from error
 
 
 def _check_groups(groups: Any) -> None:
@@ -272,40 +332,6 @@ def _check_groups(groups: Any) -> None:
 
 
 _WITHOUT_RATE = (keras.optimizers.LossScaleOptimizer, keras.optimizers.MultiOptimizer)
-
-
-def _check_assign(groups: Mapping[str, Any], assign: Mapping[str, Any]) -> None:
-    unknown = [group for group in assign if group not in groups]
-    if unknown:
-        raise ValueError(
-            f"`assign` names groups that there are not: {unknown}. The groups are {list(groups)}."
-        )
-    rest = [group for group in groups if group not in assign]
-    if len(rest) > 1:
-        raise ValueError(
-            f"`assign` leaves out the groups {rest}; only one can take the rest. Assign a layer, a "
-            "regular expression on variable paths, a list of these or a function to the others."
-        )
-    for group, assignment in assign.items():
-        _check_assignment(group, assignment)
-
-
-def _check_assignment(group: str, assignment: Any) -> None:
-    if isinstance(assignment, str):
-        try:
-            re.compile(assignment)
-        except re.error as error:
-            raise ValueError(
-                f'`assign["{group}"]={assignment!r}` is not a regular expression: {error}.'
-            ) from error
-    elif isinstance(assignment, Sequence):
-        for part in assignment:
-            _check_assignment(group, part)
-    elif not isinstance(assignment, (keras.Layer, re.Pattern)) and not callable(assignment):
-        raise ValueError(
-            f'`assign["{group}"]` must be a layer, a regular expression on variable paths, a list '
-            f"of these, or a function from a variable to a bool. Received: {assignment!r}."
-        )
 
 
 def _check_clipnorm(

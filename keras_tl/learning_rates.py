@@ -1,0 +1,186 @@
+"""Learning rates: what counts as one, and one for each layer of a backbone."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import keras
+import numpy as np
+
+from keras_tl.backbones import unwrapped
+from keras_tl.blocks import split_into_blocks
+from keras_tl.selecting import Backbone, describe, named_layers, no_such_layer
+
+LearningRate: TypeAlias = (
+    float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], float]
+)
+
+
+def check_learning_rate(learning_rate: Any, argument: str = "learning_rate") -> LearningRate:
+    """Returns the learning rate as an optimizer takes it: numbers as a Python float.
+
+    Raises:
+        ValueError: If it is a number that is not finite and above 0, or not a number, schedule or
+            callable.
+    """
+    if isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule) or callable(
+        learning_rate
+    ):
+        return learning_rate
+    is_number = isinstance(learning_rate, (int, float, np.number)) and not isinstance(
+        learning_rate, bool
+    )
+    if is_number and math.isfinite(learning_rate) and learning_rate > 0:
+        return float(learning_rate)
+    raise ValueError(
+        f"`{argument}` must be a finite number above 0, a `LearningRateSchedule` or a callable "
+        f"without arguments. Received: {argument}={learning_rate!r}."
+    )
+
+
+def check_number(learning_rate: Any, argument: str) -> float:
+    """Returns a learning rate that must be a number, as a Python float."""
+    rate = check_learning_rate(learning_rate, argument)
+    if isinstance(rate, float):
+        return rate
+    raise ValueError(
+        f"`{argument}` must be a number here. For a rate that changes, use the callback "
+        f"`LearningRateScheduler`, which scales all alike. Received: {argument}={learning_rate!r}."
+    )
+
+
+def layerwise_learning_rates(
+    backbone: Backbone, learning_rate: float, decay: float
+) -> LayerwiseLearningRates:
+    """Returns a learning rate for each layer: the deeper its block, the lower.
+
+    The block nearest the output gets `learning_rate`, the one before it `learning_rate * decay`,
+    and so on to the input. Blocks are read from layers' names such as `block3_conv1` or
+    `conv4_block2_1_conv`, or else from where everything goes through one layer.
+
+    Pass the result to `GroupOptimizer(assign=...)`, or as `learning_rate` to
+    `UnfreezeAtConvergence` or a `Stage`. There is one optimizer for all rates.
+
+    Args:
+        backbone: A built layer, model (a `FrozenBackbone` too) or list of layers.
+        learning_rate: Float above 0. That of the block nearest the output.
+        decay: Float above 0 and at most 1. The factor from one block to the one before it.
+
+    Returns:
+        A `LayerwiseLearningRates`, a read-only dictionary from names of layers to floats, from
+        input to output.
+
+    Raises:
+        ValueError: If an argument is out of range, or the backbone has no weights to train.
+
+    Example:
+
+    >>> backbone = keras.applications.VGG16(include_top=False, weights=None)
+    >>> rates = layerwise_learning_rates(backbone, 1e-4, decay=0.5)
+    >>> rates["block5_conv3"], rates["block4_conv1"]
+    (0.0001, 5e-05)
+    >>> from keras_tl import GroupOptimizer
+    >>> optimizer = GroupOptimizer(
+    ...     {"backbone": keras.optimizers.AdamW(), "head": keras.optimizers.AdamW(1e-3)},
+    ...     assign={"backbone": rates},
+    ... )
+
+    References:
+
+    - Howard and Ruder, 2018, "Universal Language Model Fine-tuning for Text Classification"
+    - Clark et al., 2020, "ELECTRA: Pre-training Text Encoders as Discriminators Rather Than
+      Generators"
+    - Bao et al., 2022, "BEiT: BERT Pre-Training of Image Transformers"
+    """
+    rate = check_number(learning_rate, "learning_rate")
+    if isinstance(decay, (bool, str)) or not 0 < decay <= 1:
+        raise ValueError(f"`decay` must be above 0 and at most 1. Received: decay={decay!r}.")
+    backbone = unwrapped(backbone)
+    blocks = list(split_into_blocks(backbone).values())[::-1]
+    rates = {name: rate * decay**depth for depth, block in enumerate(blocks) for name in block}
+    names = [name for name, _ in named_layers(backbone)]
+    return LayerwiseLearningRates(backbone, {name: rates[name] for name in names if name in rates})
+
+
+class LayerwiseLearningRates(Mapping[str, float]):
+    """Learning rates by the names of a backbone's layers. See `layerwise_learning_rates`.
+
+    Args:
+        backbone: A built layer, model (a `FrozenBackbone` too) or list of layers.
+        learning_rates: Dictionary from names of its layers to floats above 0; nested layers are
+            named `outer/inner`. A layer brings the layers in it that have no rate themselves.
+
+    Attributes:
+        backbone: The backbone.
+        weights: List of the weights that the learning rates are for: all of the backbone's.
+
+    Raises:
+        ValueError: If a name is not that of a layer, or a rate is not one.
+    """
+
+    def __init__(self, backbone: Backbone, learning_rates: Mapping[str, float]):
+        self.backbone = unwrapped(backbone)
+        self._rates = {
+            name: check_number(rate, f"learning_rate[{name!r}]")
+            for name, rate in learning_rates.items()
+        }
+        if not self._rates:
+            raise ValueError("The learning rates by layer are empty. Name at least one layer.")
+        named = named_layers(self.backbone)
+        unknown = set(self._rates) - {name for name, _ in named}
+        if unknown:
+            raise ValueError(
+                f"{no_such_layer(self.backbone, min(unknown), 'learning_rate')} Learning "
+                "rates go by whole names of layers; nested ones are `outer/inner`."
+            )
+        roots = [backbone] if isinstance(backbone, keras.Layer) else backbone
+        self.weights = [weight for layer in roots for weight in layer.weights]
+        self._of_weight = {
+            id(weight): self._rates[name]
+            for name, layer in named
+            if name in self._rates
+            for weight in layer.weights
+        }
+
+    @property
+    def learning_rate(self) -> float:
+        """Float. The highest of the rates."""
+        return max(self._rates.values())
+
+    def of(self, variable: keras.Variable) -> float:
+        """Returns the learning rate of a variable.
+
+        Raises:
+            ValueError: If it is in no layer that has a rate.
+        """
+        try:
+            return self._of_weight[id(variable)]
+        except KeyError:
+            raise ValueError(
+                f"There is no learning rate for {variable.path!r}. Name its layer in the learning "
+                f"rates of the backbone {describe(self.backbone)}, or do not train it."
+            ) from None
+
+    def restricted_to(self, weights: Sequence[keras.Variable]) -> LayerwiseLearningRates:
+        """Returns the same learning rates, meant for some of the backbone's weights only."""
+        narrower = copy.copy(self)
+        narrower.weights = list(weights)
+        return narrower
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._rates
+
+    def __getitem__(self, name: str) -> float:
+        return self._rates[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rates)
+
+    def __len__(self) -> int:
+        return len(self._rates)
+
+    def __repr__(self) -> str:
+        return repr(self._rates)
