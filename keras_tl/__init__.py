@@ -4,6 +4,7 @@ from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.convergence import ConvergenceMonitor
 from keras_tl.errors import FrozenWeightsChangedError, StaleCompileError
 from keras_tl.layers import FrozenBackbone
+from keras_tl.learning_rate_finder import find_learning_rate
 from keras_tl.learning_rates import layerwise_learning_rates
 from keras_tl.optimizers import GroupOptimizer
 from keras_tl.reporting import trainable_report
@@ -21,6 +22,7 @@ __all__ = [
     "StaleCompileError",
     "UnfreezeAtConvergence",
     "__version__",
+    "find_learning_rate",
     "layerwise_learning_rates",
     "renew_optimizer",
     "trainable_report",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
 
 import keras
 
@@ -40,10 +39,6 @@ class Snapshot:
         """Gives the weights the values they had."""
         for weight, copy in self._copies:
             weight.assign(copy)
-
-    def value_of(self, weight: keras.Variable) -> Any:
-        """Returns the value that a weight had; of one that was not copied, the weight itself."""
-        return next((copy for copied, copy in self._copies if copied is weight), weight)
 
     def extended(self, weights: Iterable[keras.Variable]) -> Snapshot:
         """Returns a snapshot of more weights: these as copied here, or else as they are now."""
@@ -97,10 +92,6 @@ class BestWeights:
         """Gives the weights their best values of the run, if there were any."""
         if self._run is not None:
             self._run.restore()
-
-    def value_of(self, weight: keras.Variable) -> Any:
-        """Returns the value that a weight has in the best of the run."""
-        return weight if self._run is None else self._run.value_of(weight)
 
     def begin_stage(self, weights: Iterable[keras.Variable], value_offset: float) -> None:
         """Starts a new stage.

@@ -116,6 +116,7 @@ def renew_training(
     *,
     head_learning_rate: LearningRate | None = None,
     optimizer: keras.Optimizer | None = None,
+    trained: Sequence[keras.Variable] | None = None,
     group: str = "backbone",
     keep_evaluation: bool = False,
 ) -> None:
@@ -134,6 +135,8 @@ def renew_training(
             join are a new group. None gives one new optimizer to all.
         optimizer: An optimizer to use instead of a copy of the model's. A copy of it is used if
             it is built already, or a learning rate is given.
+        trained: List of the weights that have been trained so far. None: those that the optimizer
+            was built with.
         group: String. The name of the new group.
         keep_evaluation: Bool. Whether the evaluation function may stay, where the backend allows
             it: right if nothing that it computes depends on the flags that changed (regularizers
@@ -156,7 +159,10 @@ def renew_training(
             new = _fresh(optimizer, old, learning_rate)
             if head_learning_rate is not None:
                 new = internals.without_loss_scale(new)
-                new = _joined(old, head_learning_rate, new, group, learning_rate, variables)
+                known = internals.optimizer_weights(old) if trained is None else trained
+                new = _joined(
+                    old, head_learning_rate, new, group, learning_rate, variables, known or ()
+                )
             elif isinstance(learning_rate, LayerwiseLearningRates):
                 groups = {"head": renew_optimizer(new), group: new}
                 new = GroupOptimizer(groups, assign={group: learning_rate})
@@ -188,16 +194,17 @@ def _joined(
     group: str,
     learning_rate: LearningRate | LayerwiseLearningRates | None,
     variables: Sequence[keras.Variable],
+    trained: Sequence[keras.Variable],
 ) -> GroupOptimizer:
     """Returns an optimizer that goes on where `old` is, and takes new variables as a group."""
+    known = {id(variable) for variable in trained}
     before = _groups_of(old)
     groups = {
         name: renew_optimizer(one, head_learning_rate if name == "head" else None)
         for name, one in before.items()
     }
-    assign: dict[str, Assignment] = {name: _same_as(one) for name, one in before.items()}
+    assign: dict[str, Assignment] = {name: _same_as(one, known) for name, one in before.items()}
     if isinstance(learning_rate, LayerwiseLearningRates):
-        known = {id(variable) for variable in internals.optimizer_weights(old) or ()}
         new = [variable for variable in variables if id(variable) not in known]
         assign[group] = learning_rate.restricted_to(new)
     return _continued(old, {**groups, group: joining}, assign, variables)
@@ -221,8 +228,9 @@ def _groups_of(optimizer: keras.Optimizer) -> dict[str, keras.Optimizer]:
     return optimizer.groups if isinstance(optimizer, GroupOptimizer) else {"head": optimizer}
 
 
-def _same_as(optimizer: keras.Optimizer) -> Callable[[keras.Variable], bool]:
-    known = {id(variable) for variable in internals.optimizer_weights(optimizer) or ()}
+def _same_as(optimizer: keras.Optimizer, among: set[int]) -> Callable[[keras.Variable], bool]:
+    """Returns whether a variable is one of an optimizer's, and among those with these ids."""
+    known = {id(variable) for variable in internals.optimizer_weights(optimizer) or ()} & among
     return lambda variable: id(variable) in known
 
 
@@ -233,28 +241,48 @@ def all_or_nothing(model: keras.Model, weights: Iterable[keras.Variable] = ()) -
     Flags, optimizer, compiled functions and the values of `weights` are put back, so that a `fit`
     that goes on, or one started later, trains as if nothing had been tried.
     """
-    flags = freezing.get_trainable_flags(model)
-    compiled = internals.compiled_state(model)
-    values = Snapshot(weights)
+    put_back = _remember(model, weights)
     try:
         yield
     except BaseException:
-        freezing.set_trainable_flags(model, flags)
-        internals.set_compiled_state(model, compiled)
-        values.restore()
+        put_back()
         raise
 
 
-def regularization_loss(
-    weights: Iterable[keras.Variable], value_of: Callable[[keras.Variable], Any] = lambda one: one
-) -> float:
-    """Returns what regularizers add to the loss while these weights are trainable.
+@contextlib.contextmanager
+def left_as_found(model: keras.Model) -> Iterator[None]:
+    """A context after which the model is as it was before, whatever was trained in it.
 
-    Args:
-        weights: The weights.
-        value_of: Function from a weight to its value, to ask of other values than they have.
+    Besides what `all_or_nothing` puts back, the values of all weights, seeds and metrics, the
+    `history` of the last `fit`, `stop_training`, and the random generators of Keras, NumPy and the
+    backend.
     """
-    terms = [
-        weight.regularizer(value_of(weight)) for weight in weights if weight.regularizer is not None
-    ]
+    put_back = _remember(model, [*model.variables, *model.metrics_variables])
+    attributes = {name: getattr(model, name, None) for name in ("history", "stop_training")}
+    restore_random_state = internals.random_state()
+    try:
+        yield
+    finally:
+        put_back()
+        for name, value in attributes.items():
+            setattr(model, name, value)
+        restore_random_state()
+
+
+def _remember(model: keras.Model, weights: Iterable[keras.Variable]) -> Callable[[], None]:
+    flags = freezing.get_trainable_flags(model)
+    compiled = internals.compiled_state(model)
+    values = Snapshot(weights)
+
+    def put_back() -> None:
+        freezing.set_trainable_flags(model, flags)
+        internals.set_compiled_state(model, compiled)
+        values.restore()
+
+    return put_back
+
+
+def regularization_loss(weights: Iterable[keras.Variable]) -> float:
+    """Returns what regularizers add to the loss while these weights are trainable."""
+    terms = [weight.regularizer(weight) for weight in weights if weight.regularizer is not None]
     return float(sum(float(keras.ops.convert_to_numpy(term)) for term in terms))

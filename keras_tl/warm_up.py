@@ -49,10 +49,11 @@ def learning_rate_of(optimizer: keras.Optimizer) -> float:
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
-def check_can_warm_up(*rates: Any) -> None:
-    """Raises a ValueError unless all can be set.
+def check_can_be_set(what: str, *rates: Any) -> None:
+    """Raises a ValueError unless all learning rates are numbers.
 
     Args:
+        what: String. Who needs that, for the message.
         *rates: Learning rates as a `Stage` takes them, optimizers, or None.
     """
     for rate in rates:
@@ -63,7 +64,7 @@ def check_can_warm_up(*rates: Any) -> None:
             numbers = rate is None or isinstance(rate, (float, Mapping))
         if not numbers:
             raise ValueError(
-                "`warmup_steps` needs learning rates that are numbers; a schedule or a function "
-                "sets the rate at each step itself. Give the schedule a warm-up (`CosineDecay` has "
-                f"`warmup_steps`), or pass a number. Received: {rate!r}."
+                f"`{what}` needs learning rates that are numbers; a schedule or a function sets "
+                "the rate at each step itself. Give the schedule a warm-up (`CosineDecay` has one) "
+                f"or pass a number. Received: {rate!r}."
             )

@@ -89,6 +89,26 @@ HEAD_GOES_ON = """
     print("done")
 """
 
+STAGES = """
+    from keras_tl import Stage, find_learning_rate, layerwise_learning_rates
+
+    before = as_bytes(model.weights)
+    found = find_learning_rate(model, x, y, batch_size=8, steps=10, layers="all",
+        max_learning_rate=0.1, verbose=0)
+    assert len(found.losses) > 5
+    assert as_bytes(model.weights) == before
+    rates = layerwise_learning_rates(wrapper, 0.001, 0.5)
+    stages = [
+        Stage(1, 0.01, head_learning_rate=0.01, epochs=1),
+        Stage("all", rates, head_learning_rate=0.01, epochs=1),
+        Stage("all", rates),
+    ]
+    callback = UnfreezeAtConvergence(stages=stages, max_frozen_epochs=1, warmup_steps=1)
+    history = model.fit(x, y, callbacks=[callback, FreezeGuard(check="batch")], **fit).history
+    assert history["stage"] == [0, 1, 2, 3], history
+    print("done")
+"""
+
 DIGEST = """
     wrapper.unfreeze()
     for weight in model.weights:
@@ -116,7 +136,9 @@ def run(script):
     return result.stdout.splitlines()[-1]
 
 
-@pytest.mark.parametrize("script", [SWITCH, GUARD, HEAD_GOES_ON], ids=["switch", "guard", "groups"])
+@pytest.mark.parametrize(
+    "script", [SWITCH, GUARD, HEAD_GOES_ON, STAGES], ids=["switch", "guard", "groups", "stages"]
+)
 def test_under_mirrored_strategy(script):
     assert run(script) == "done"
 

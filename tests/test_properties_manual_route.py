@@ -5,7 +5,7 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_tl import FrozenBackbone, UnfreezeAtConvergence
+from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
 from tests import models, strategies
 from tests.conftest import Recorder, regression_data, values_of
 
@@ -38,31 +38,43 @@ def build(kinds, outer, seed, optimizer, run_eagerly, regularized):
     return model, wrapper
 
 
-def by_hand(model, wrapper, data, learning_rate, *, layers, patience, min_delta, start_from_epoch):
+def by_hand(model, wrapper, data, stages, *, patience, min_delta, start_from_epoch):
     recorder = Recorder(values_of)
-    stopping = keras.callbacks.EarlyStopping(
-        patience=patience,
-        min_delta=min_delta,
-        start_from_epoch=start_from_epoch,
-        restore_best_weights=True,
-    )
     fit = {"validation_data": VALIDATION, "epochs": EPOCHS, "verbose": 0, **data}
-    first = model.fit(callbacks=[recorder, stopping], **fit)
-    done = len(first.epoch)
-    history = [first.history]
-    if done < EPOCHS:
+    history = []
+    done = 0
+    for number in range(len(stages) + 1):
+        stopping = keras.callbacks.EarlyStopping(
+            patience=patience,
+            min_delta=min_delta,
+            start_from_epoch=start_from_epoch,
+            restore_best_weights=True,
+        )
+        last = number == len(stages)
+        callbacks = [recorder] if last else [recorder, stopping]
+        part = model.fit(callbacks=callbacks, initial_epoch=done, **fit)
+        done += len(part.epoch)
+        history.append(part.history)
+        if last or done == EPOCHS:
+            break
+        layers, learning_rate = stages[number]
+        wrapper.freeze()
         wrapper.unfreeze(layers)
         config = model.optimizer.get_config() | {"learning_rate": learning_rate}
         optimizer = type(model.optimizer).from_config(config)
         model.compile(optimizer, "mse", metrics=["mae"], run_eagerly=model.run_eagerly)
-        history.append(model.fit(callbacks=[recorder], initial_epoch=done, **fit).history)
     joined = {key: [value for part in history for value in part[key]] for key in history[0]}
     return joined, recorder.records
 
 
-def in_one_fit(model, data, learning_rate, **settings):
+def in_one_fit(model, data, stages, **settings):
     recorder = Recorder(values_of)
-    callback = UnfreezeAtConvergence(learning_rate, verbose=0, **settings)
+    if len(stages) == 1:
+        (layers, learning_rate), *_ = stages
+        settings |= {"layers": layers, "learning_rate": learning_rate}
+    else:
+        settings |= {"stages": [Stage(*stage) for stage in stages]}
+    callback = UnfreezeAtConvergence(verbose=0, **settings)
     fit = {"validation_data": VALIDATION, "epochs": EPOCHS, "verbose": 0, **data}
     history = model.fit(callbacks=[recorder, callback], **fit)
     return history.history, recorder.records, callback
@@ -76,30 +88,34 @@ def in_one_fit(model, data, learning_rate, **settings):
     data=st.sampled_from([arrays, pipeline]),
     run_eagerly=st.sampled_from([True, True, False]),
     regularized=st.booleans(),
-    learning_rate=st.sampled_from([1e-5, 1e-2]),
-    layers=st.sampled_from(["all", 1]),
+    stages=st.lists(
+        st.tuples(st.sampled_from(["all", 1]), st.sampled_from([1e-5, 1e-2])),
+        min_size=1,
+        max_size=3,
+    ),
     patience=st.integers(0, 2),
     min_delta=st.sampled_from([0.0, 0.05]),
     start_from_epoch=st.integers(0, 1),
 )
 @settings(max_examples=25)
 def test_one_fit_is_the_manual_route(
-    kinds, outer, seed, optimizer, data, run_eagerly, regularized, learning_rate, **callback
+    kinds, outer, seed, optimizer, data, run_eagerly, regularized, stages, **callback
 ):
     made = (kinds, outer, seed, optimizer, run_eagerly, regularized)
     model, wrapper = build(*made)
-    expected, weights_by_hand = by_hand(model, wrapper, data(), learning_rate, **callback)
+    expected, weights_by_hand = by_hand(model, wrapper, data(), stages, **callback)
     model, _ = build(*made)
-    history, weights, _ = in_one_fit(model, data(), learning_rate, **callback)
+    history, weights, _ = in_one_fit(model, data(), stages, **callback)
 
     assert {key: history[key] for key in expected} == expected
     assert weights == weights_by_hand
 
 
-def test_the_property_above_compares_both_stages():
-    """Guards it: with such settings there is a switch, with epochs to train after it."""
+def test_the_property_above_compares_all_stages():
+    """Guards it: with such settings there are switches, with epochs to train after them."""
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
-    model, _ = build(["dense", "dense"], models.functional_outer, 0, optimizer, True, False)
-    history, weights, _ = in_one_fit(model, arrays(), 1e-2, patience=0)
-    assert set(history["stage"]) == {0, 1}
-    assert len(weights) == EPOCHS
+    for stages in ([("all", 1e-2)], [(1, 1e-2), ("all", 1e-2)]):
+        model, _ = build(["dense", "dense"], models.functional_outer, 0, optimizer, True, False)
+        history, weights, _ = in_one_fit(model, arrays(), stages, patience=0)
+        assert set(history["stage"]) == set(range(len(stages) + 1))
+        assert len(weights) == EPOCHS

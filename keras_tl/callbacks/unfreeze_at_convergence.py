@@ -20,7 +20,7 @@ from keras_tl.learning_rates import LayerwiseLearningRates, LearningRate
 from keras_tl.optimizers import GroupOptimizer
 from keras_tl.selecting import Backbone, Selection, is_built
 from keras_tl.stages import DEFAULT_RATE, Stage, check_stages
-from keras_tl.warm_up import WarmUp, check_can_warm_up, learning_rate_of
+from keras_tl.warm_up import WarmUp, check_can_be_set, learning_rate_of
 
 
 class UnfreezeAtConvergence(keras.callbacks.Callback):
@@ -156,7 +156,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 only.check_rate_is_default(optimizer)
         check_count("warmup_steps", warmup_steps)
         if warmup_steps:
-            check_can_warm_up(*[stage.learning_rate for stage in self.stages], optimizer)
+            rates = [stage.learning_rate for stage in self.stages]
+            check_can_be_set("warmup_steps", *rates, optimizer)
             # As an attribute: a hook that is always there would cost JAX its asynchronous dispatch.
             self.on_train_batch_begin = self._on_train_batch_begin
         check_monitor(monitor, mode)
@@ -189,6 +190,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._check_optimizer()
         self._beside = internals.callbacks_beside(self)
+        self._check_beside()
         self._backbones = Backbones(self.model, self.backbone)
         for stage in self.stages:
             self._check_stage(stage)
@@ -267,6 +269,13 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 "`self.optimizer`."
             )
 
+    def _check_beside(self) -> None:
+        if sum(isinstance(one, UnfreezeAtConvergence) for one in self._beside) > 1:
+            raise ValueError(
+                "`fit` has two UnfreezeAtConvergence callbacks, which would unfreeze against each "
+                "other. Pass one; for several switches give it `stages`."
+            )
+
     def _check_stage(self, stage: Stage) -> None:
         self._backbones.check(stage.layers, stage.train_batchnorm)
         if is_built(self.model) and isinstance(stage.learning_rate, Mapping):
@@ -283,7 +292,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if self._keeps_groups:
             self._check_groups(compiled)
             if self.warmup_steps:
-                check_can_warm_up(*compiled.groups.values())
+                check_can_be_set("warmup_steps", *compiled.groups.values())
         elif isinstance(compiled, keras.optimizers.MultiOptimizer):
             if any(stage.head_learning_rate is not None for stage in self.stages):
                 raise ValueError(
@@ -324,6 +333,12 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def _find_stage(self) -> None:
         """Goes on in the stage that the model is in, as one loaded from it."""
         self._begin_stage(self._stage_of_model())
+        training = self._backbones.names_of(self.model.trainable_weights)
+        if self.stage == 0 and training:
+            self._say(
+                f"UnfreezeAtConvergence: of {self._backbones.names} these layers train in stage 0 "
+                f"already: {', '.join(training)}."
+            )
         if self.stage > 0:
             rate = learning_rate_of(self.model.optimizer)
             self._say(
@@ -469,6 +484,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 None if given or self._keeps_groups else self._rate_of(stage),
                 head_learning_rate=stage.head_learning_rate,
                 optimizer=self.optimizer,
+                trained=before,
                 group=self._group(number),
                 keep_evaluation=not any(weight.regularizer for weight in changing),
             )
@@ -490,10 +506,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             return
         offset = 0.0
         if self.monitor in ("loss", "val_loss"):
+            # Of the weights as they are now, also where the best of the run has others: so values
+            # of two stages compare as if all regularizers counted in both.
             after = self.model.trainable_weights
-            value_of = self._best.value_of
-            offset += switching.regularization_loss(_without(after, before), value_of)
-            offset -= switching.regularization_loss(_without(before, after), value_of)
+            offset += switching.regularization_loss(_without(after, before))
+            offset -= switching.regularization_loss(_without(before, after))
         self._best.begin_stage(self._changeable, offset)
 
     def _fresh_optimizers(self) -> list[keras.Optimizer]:

@@ -1,0 +1,296 @@
+"""The learning-rate range test: which learning rate should a stage start with?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_tl import internals, switching
+from keras_tl.backbones import Backbones
+from keras_tl.convergence import check_count
+from keras_tl.learning_rates import check_number
+from keras_tl.optimizers import GroupOptimizer
+from keras_tl.selecting import Backbone, Selection, is_built
+from keras_tl.warm_up import check_can_be_set
+
+
+def find_learning_rate(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    *,
+    layers: Selection | None = None,
+    backbone: Backbone | None = None,
+    train_batchnorm: bool = False,
+    batch_size: int | None = None,
+    sample_weight: Any = None,
+    class_weight: dict[int, float] | None = None,
+    min_learning_rate: float = 1e-7,
+    max_learning_rate: float = 10.0,
+    steps: int = 100,
+    stop_at: float = 4.0,
+    verbose: int = 1,
+) -> LearningRateRange:
+    """Trains for some steps at a rising learning rate, and suggests one from the loss.
+
+    The model is left as it was found, bit for bit, also when this raises or is interrupted: its
+    weights, optimizer, metrics, compiled functions and trainable layers, and the random generators.
+    So are arrays and the order of a `PyDataset`; only a `tf.data.Dataset` that shuffles moves on to
+    its next order.
+
+    Args:
+        model: A compiled and built model.
+        x: Training data, anything that `fit` takes but a generator, which would be used up.
+        y: Targets, as `fit` takes them.
+        layers: Which layers of the backbone train besides the head, to test a stage that is not
+            reached yet; see `FrozenBackbone.unfreeze`. Defaults to `None`: what is trainable now.
+        backbone: The layer, model or list of layers that `layers` are of. Defaults to every
+            `FrozenBackbone` in the model.
+        train_batchnorm: Bool. Whether BatchNormalization layers in a `FrozenBackbone` train their
+            gamma and beta in that stage. Defaults to `False`.
+        batch_size: Int or None, as in `fit`.
+        sample_weight: As in `fit`.
+        class_weight: As in `fit`.
+        min_learning_rate: Float above 0. The learning rate of the first step. Defaults to `1e-7`.
+        max_learning_rate: Float. That of the last step. Defaults to `10.0`.
+        steps: Int, at least 10. How many steps, each with a learning rate that is the same factor
+            higher. Defaults to `100`.
+        stop_at: Float above 1. The test ends early when the smoothed loss is this many times its
+            lowest value. Defaults to `4.0`.
+        verbose: 0 or 1. Whether a progress bar is shown. Defaults to `1`.
+
+    Returns:
+        A `LearningRateRange`, with the curve, `suggestion` and `plot()`. With a `GroupOptimizer`
+        the learning rates are those of its last group, and all groups keep their ratios.
+
+    Raises:
+        ValueError: For an argument that is out of range, a model that is not compiled or not built,
+            an optimizer whose learning rate cannot be set, or a loss that is not finite from the
+            first steps on.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    >>> model.compile("sgd", "mse")
+    >>> x = np.random.default_rng(0).normal(size=(256, 4))
+    >>> found = find_learning_rate(model, x, x.sum(axis=1), batch_size=16, verbose=0)
+    >>> 1e-3 < found.suggestion < 1
+    True
+
+    References:
+
+    - Smith, 2017, "Cyclical Learning Rates for Training Neural Networks"
+    - Howard and Gugger, 2020, "fastai: A Layered API for Deep Learning" (smoothing, suggestions)
+    """
+    low = check_number(min_learning_rate, "min_learning_rate")
+    high = check_number(max_learning_rate, "max_learning_rate")
+    check_count("steps", steps, at_least=10)
+    if low >= high or not stop_at > 1:
+        raise ValueError(
+            "`min_learning_rate` must be below `max_learning_rate`, and `stop_at` above 1. "
+            f"Received: {min_learning_rate!r}, {max_learning_rate!r}, stop_at={stop_at!r}."
+        )
+    _check_model(model)
+    test = _RangeTest(np.geomspace(low, high, steps).tolist(), stop_at, verbose)
+    with switching.left_as_found(model):
+        if layers is not None:
+            backbones = Backbones(model, backbone)
+            backbones.check(layers, train_batchnorm)
+            backbones.freeze()
+            backbones.unfreeze(layers, train_batchnorm)
+        optimizer = internals.without_loss_scale(model.optimizer)
+        grouped = isinstance(optimizer, GroupOptimizer)
+        switching.renew_training(model, None if grouped else low)
+        model.fit(
+            _untouched(x),
+            y,
+            batch_size=batch_size,
+            sample_weight=sample_weight,
+            class_weight=class_weight,
+            epochs=steps,
+            callbacks=[test],
+            verbose=0,
+        )
+    return LearningRateRange(tuple(test.learning_rates), tuple(test.losses), tuple(test.smoothed))
+
+
+@dataclasses.dataclass(frozen=True)
+class LearningRateRange:
+    """The loss at each of some rising learning rates.
+
+    Attributes:
+        learning_rates: Tuple of floats, one for each step.
+        losses: Tuple of floats. The loss of each step's batch.
+        smoothed_losses: Tuple of floats. Their exponential moving average.
+    """
+
+    learning_rates: tuple[float, ...]
+    losses: tuple[float, ...]
+    smoothed_losses: tuple[float, ...]
+
+    @property
+    def suggestion(self) -> float | None:
+        """Float or None. The `"valley"` of `suggestions`."""
+        return self.suggestions["valley"]
+
+    @property
+    def suggestions(self) -> dict[str, float | None]:
+        """Dictionary from names to learning rates, each None where the loss never falls.
+
+        - `"valley"`: in the middle of the longest stretch in which the loss falls.
+        - `"steepest"`: where the loss falls fastest.
+        - `"minimum"`: a tenth of the rate at which the loss is lowest.
+        """
+        skipped = len(self.learning_rates) // 10
+        end = max(len(self.learning_rates) - _LAST, skipped + 2)
+        rates = np.array(self.learning_rates[skipped:end])
+        losses = np.array(self.smoothed_losses[skipped:end])
+        start, stop = _longest_fall(losses.tolist())
+        if stop == start:
+            return dict.fromkeys(("valley", "steepest", "minimum"))
+        slopes = np.diff(losses) / np.diff(np.log(rates))
+        return {
+            "valley": float(rates[start + (stop - start) // 2]),
+            "steepest": float(rates[np.argmin(slopes)]),
+            "minimum": float(rates[np.argmin(losses)] / 10),
+        }
+
+    def plot(self, ax: Any = None) -> Any:
+        """Draws the curve and the suggestions.
+
+        Args:
+            ax: A matplotlib `Axes` to draw on. Defaults to one of a new figure.
+
+        Returns:
+            The matplotlib `Figure`.
+        """
+        from keras_tl.visualization import plot_learning_rate_range
+
+        return plot_learning_rate_range(self, ax)
+
+    def __str__(self) -> str:
+        shown = ", ".join(
+            f"{name} {'none' if rate is None else f'{rate:.2g}'}"
+            for name, rate in self.suggestions.items()
+        )
+        return f"{len(self.losses)} learning rates tried; suggestions: {shown}."
+
+
+# The last losses before the end are of a model that diverges.
+_LAST = 5
+_SMOOTHING = 0.98
+
+
+class _RangeTest(keras.callbacks.Callback):
+    """Sets the learning rate of each step and notes the step's loss."""
+
+    def __init__(self, learning_rates: Sequence[float], stop_at: float, verbose: int):
+        super().__init__()
+        self._planned = learning_rates
+        self._stop_at = stop_at
+        shown = ["loss", "learning_rate"]
+        self._bar = keras.utils.Progbar(
+            len(learning_rates), verbose=verbose, stateful_metrics=shown
+        )
+        self._average = 0.0
+        self.learning_rates: list[float] = []
+        self.losses: list[float] = []
+        self.smoothed: list[float] = []
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        # The logs have the mean of all steps since the last reset.
+        self.model.reset_metrics()
+        optimizer = internals.without_loss_scale(self.model.optimizer)
+        optimizer.learning_rate = self._planned[len(self.losses)]
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        loss = _loss_in(logs or {})
+        if not math.isfinite(loss):
+            self._end()
+            return
+        self.learning_rates.append(self._planned[len(self.losses)])
+        self.losses.append(loss)
+        self._average = _SMOOTHING * self._average + (1 - _SMOOTHING) * loss
+        self.smoothed.append(self._average / (1 - _SMOOTHING ** len(self.losses)))
+        done = len(self.losses)
+        values = [("loss", loss), ("learning_rate", self.learning_rates[-1])]
+        self._bar.update(done, values, finalize=False)
+        if done == len(self._planned) or self.smoothed[-1] > self._stop_at * min(self.smoothed):
+            self._end()
+
+    def _end(self) -> None:
+        self.model.stop_training = True
+        done = len(self.losses)
+        if done < 2:
+            raise ValueError(
+                f"The loss is not finite after {done} steps, at a learning rate of "
+                f"{self._planned[done]:.2g} already. Check the data and the loss, or pass a lower "
+                "`min_learning_rate`."
+            )
+        self._bar.update(done, finalize=True)
+
+
+class _Untouched(keras.utils.PyDataset):
+    """The batches of a `PyDataset`, without telling it of epochs, at which it may shuffle."""
+
+    def __init__(self, dataset: keras.utils.PyDataset):
+        super().__init__()
+        self._dataset = dataset
+
+    def __len__(self) -> int:
+        return len(self._dataset)
+
+    @property
+    def num_batches(self) -> int | None:
+        return self._dataset.num_batches
+
+    def __getitem__(self, index: int) -> Any:
+        return self._dataset[index]
+
+
+def _untouched(x: Any) -> Any:
+    if isinstance(x, keras.utils.PyDataset):
+        return _Untouched(x)
+    if hasattr(x, "__next__"):
+        raise ValueError(
+            "`x` is a generator or iterator, whose batches would be used up. Pass arrays, a "
+            "`tf.data.Dataset`, a `PyDataset` or a `DataLoader`."
+        )
+    return x
+
+
+def _loss_in(logs: dict[str, Any]) -> float:
+    if "loss" not in logs:
+        raise ValueError(
+            "The model's `train_step` returns no `loss`, which the test goes by. It returns: "
+            f"{', '.join(sorted(logs)) or 'nothing'}."
+        )
+    return float(logs["loss"])
+
+
+def _check_model(model: keras.Model) -> None:
+    if getattr(model, "optimizer", None) is None:
+        raise ValueError(f'Compile the model "{model.name}" first: it has no optimizer.')
+    if not is_built(model):
+        raise ValueError(
+            f'The model "{model.name}" is not built, so it has no weights yet that could be put '
+            "back. Call it on a batch first."
+        )
+    optimizer = internals.without_loss_scale(model.optimizer)
+    if isinstance(optimizer, GroupOptimizer):
+        check_can_be_set("find_learning_rate", *optimizer.groups.values())
+
+
+def _longest_fall(losses: list[float]) -> tuple[int, int]:
+    """Returns the first and last index of the longest series of ever lower losses, with gaps."""
+    length = [1] * len(losses)
+    for i, loss in enumerate(losses):
+        before = [length[j] for j in range(i) if losses[j] > loss]
+        length[i] = 1 + max(before, default=0)
+    end = int(np.argmax(length))
+    return max(end - length[end] + 1, 0), end

@@ -1,0 +1,339 @@
+"""The learning-rate range test: leaves everything as found, and suggests from the curve."""
+
+import math
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_tl import FreezeGuard, FrozenBackbone, GroupOptimizer, find_learning_rate
+from keras_tl.learning_rate_finder import LearningRateRange
+from tests import models, strategies
+from tests.conftest import as_bytes, regression_data, values_of
+
+X, Y = regression_data(32)
+
+
+def build(optimizer=None, outer=models.functional_outer, backbone=None):
+    wrapper = FrozenBackbone(backbone or models.functional(["dense", "batchnorm", "dense"]))
+    head = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]
+    model = outer(wrapper, head)
+    model(X)
+    model.compile(optimizer or keras.optimizers.Adam(0.01), "mse", metrics=["mae"])
+    return model, wrapper
+
+
+@pytest.fixture(scope="module")
+def fitted():
+    """A model that has been fitted, which nothing here may change."""
+    keras.utils.set_random_seed(0)
+    model, wrapper = build()
+    model.fit(X, Y, epochs=1, verbose=0)
+    return model, wrapper
+
+
+def state_of(model):
+    """All that a user can see of a model."""
+    everything = [*model.variables, *model.optimizer.variables, *model.metrics_variables]
+    return {
+        "values": [(id(v), value) for v, (_, value) in zip(everything, as_bytes(everything))],
+        "trainable": [weight.trainable for weight in model.weights],
+        "optimizer": id(model.optimizer),
+        "train_function": id(model.train_function),
+        "test_function": id(model.test_function),
+        "history": id(model.history),
+        "stop_training": model.stop_training,
+    }
+
+
+def find(model, x=X, y=Y, **arguments):
+    return find_learning_rate(
+        model, x, y, **{"steps": 12, "batch_size": 8, "verbose": 0} | arguments
+    )
+
+
+@given(
+    layers=st.sampled_from([None, "all", 1]),
+    train_batchnorm=st.booleans(),
+    fault=st.sampled_from([None, ValueError, KeyboardInterrupt]),
+    batch=st.integers(0, 11),
+)
+@settings(max_examples=15)
+def test_leaves_the_model_as_found(fitted, layers, train_batchnorm, fault, batch):
+    model, _ = fitted
+    before = state_of(model)
+    batches = []
+
+    class Faulty(keras.utils.PyDataset):
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            batches.append(index)
+            if fault is not None and len(batches) > batch:
+                raise fault
+            return X[8 * index : 8 * index + 8], Y[8 * index : 8 * index + 8]
+
+    arguments = {"layers": layers, "train_batchnorm": train_batchnorm, "batch_size": None}
+    if fault is None:
+        assert len(find(model, Faulty(), None, **arguments).losses) > 5
+    else:
+        with pytest.raises(BaseException) as raised:
+            find(model, Faulty(), None, **arguments)
+        assert isinstance(raised.value, (fault, tf.errors.OpError, RuntimeError))
+    assert state_of(model) == before
+
+
+@given(
+    backbone=strategies.backbone_makers(),
+    optimizer=strategies.optimizers(),
+    outer=strategies.outer_models,
+    layers=st.sampled_from([None, "all"]),
+)
+@settings(max_examples=6)
+def test_a_fit_after_it_is_as_without_it(backbone, optimizer, outer, layers):
+    config = keras.optimizers.serialize(optimizer)
+    results = []
+    for searched in (False, True):
+        keras.utils.set_random_seed(1)
+        model, _ = build(keras.optimizers.deserialize(config), outer, backbone())
+        if searched:
+            find(model, layers=layers)
+        model.fit(X, Y, batch_size=8, epochs=2, callbacks=[FreezeGuard(verbose=0)], verbose=0)
+        results.append(values_of(model))
+    assert results[0] == results[1]
+
+
+def test_leaves_arrays_and_the_order_of_a_pydataset_as_found(fitted):
+    class Shuffling(keras.utils.PyDataset):
+        def __init__(self):
+            super().__init__()
+            self.order = np.arange(4)
+
+        def __len__(self):
+            return 4
+
+        def __getitem__(self, index):
+            part = slice(8 * self.order[index], 8 * self.order[index] + 8)
+            return X[part], Y[part]
+
+        def on_epoch_end(self):
+            np.random.default_rng(0).shuffle(self.order)
+
+    data = Shuffling()
+    before = X.tobytes(), Y.tobytes()
+    find(fitted[0], data, None, batch_size=None)
+    assert data.order.tolist() == [0, 1, 2, 3]
+    assert (X.tobytes(), Y.tobytes()) == before
+
+
+def test_tries_rising_rates_each_on_a_batch(fitted):
+    found = find(fitted[0], min_learning_rate=1e-6, max_learning_rate=1e-1, steps=20)
+    assert len(found.learning_rates) == len(found.losses) == len(found.smoothed_losses) == 20
+    np.testing.assert_allclose(found.learning_rates, np.geomspace(1e-6, 1e-1, 20))
+
+
+def test_the_loss_is_that_of_each_step():
+    # At a rate that moves nothing, the losses are those of the batches, which differ.
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    batches = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+    found = find(
+        model, batches, None, batch_size=None, min_learning_rate=1e-30, max_learning_rate=1e-29
+    )
+    expected = [model.evaluate(*batch, verbose=0) for batch in batches] * 3
+    np.testing.assert_allclose(found.losses, expected, rtol=1e-5)
+
+
+def test_smoothing_is_an_average_without_bias():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    found = find(model, min_learning_rate=1e-8, max_learning_rate=1e-2)
+    weights = 0.98 ** np.arange(12)[::-1]
+    for count in (1, 5, 12):
+        expected = np.average(found.losses[:count], weights=weights[-count:])
+        np.testing.assert_allclose(found.smoothed_losses[count - 1], expected, rtol=1e-6)
+
+
+def test_ends_when_the_loss_diverges():
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    found = find(model, max_learning_rate=1e3, steps=200)
+    assert len(found.losses) < 200
+    assert max(found.smoothed_losses[:-1]) <= 4 * min(found.smoothed_losses)
+    assert found.smoothed_losses[-1] > 4 * min(found.smoothed_losses)
+    assert 1e-4 < found.suggestion < 10
+
+
+def test_a_stage_that_is_not_reached_yet(fitted):
+    model, wrapper = fitted
+    trained = []
+
+    original = model.make_train_function
+
+    def noted(force=False):
+        trained.append(len(wrapper.trainable_weights))
+        return original(force=force)
+
+    model.make_train_function = noted
+    try:
+        find(model, layers="all")
+    finally:
+        del model.make_train_function
+    assert trained[0] == 4
+    assert wrapper.trainable_weights == []
+
+
+def test_loss_scale_of_mixed_precision_is_left_as_found():
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        model, _ = build()
+        model.fit(X, Y, epochs=1, verbose=0)
+        before = state_of(model)
+        assert math.isfinite(find(model, layers="all").losses[0])
+        assert state_of(model) == before
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_groups_keep_their_ratio():
+    wrapper = FrozenBackbone(models.functional(["dense"]))
+    wrapper.unfreeze()
+    optimizer = GroupOptimizer(
+        {"backbone": keras.optimizers.SGD(1e-3), "head": keras.optimizers.SGD(1e-2)},
+        assign={"backbone": wrapper},
+    )
+    model = models.functional_outer(wrapper)
+    model.compile(optimizer, "mse")
+    before = as_bytes(model.weights)
+    assert len(find(model).losses) == 12
+    assert as_bytes(model.weights) == before
+    rates = [float(one.learning_rate) for one in optimizer.groups.values()]
+    np.testing.assert_allclose(rates, [1e-3, 1e-2], rtol=1e-6)
+
+
+# The suggestions.
+
+
+def valley(falls_from=30, falls_to=70, count=100):
+    rates = np.geomspace(1e-7, 10, count)
+    losses = np.full(count, 2.0)
+    losses[:falls_from] += 1e-3 * (np.arange(falls_from) % 3)
+    losses[falls_from:falls_to] = np.linspace(2, 1, falls_to - falls_from)
+    losses[falls_to:] = np.linspace(1, 3, count - falls_to)
+    return LearningRateRange(tuple(rates), tuple(losses), tuple(losses))
+
+
+def test_suggests_the_middle_of_the_valley():
+    found = valley()
+    rates = found.learning_rates
+    assert rates[45] <= found.suggestion <= rates[55]
+    assert found.suggestion == found.suggestions["valley"]
+
+
+def test_suggests_where_the_loss_falls_fastest():
+    rates = np.geomspace(1e-5, 1, 50)
+    losses = 2 - 1 / (1 + np.exp(-(np.arange(50) - 24.5)))
+    found = LearningRateRange(tuple(rates), tuple(losses), tuple(losses))
+    assert found.suggestions["steepest"] == pytest.approx(rates[24])
+
+
+def test_suggests_a_tenth_of_the_rate_of_the_minimum():
+    found = valley()
+    assert found.suggestions["minimum"] == pytest.approx(found.learning_rates[69] / 10)
+
+
+def test_suggests_nothing_if_the_loss_never_falls():
+    rates, losses = np.geomspace(1e-5, 1, 50), np.linspace(1, 2, 50)
+    found = LearningRateRange(tuple(rates), tuple(losses), tuple(losses))
+    assert found.suggestions == {"valley": None, "steepest": None, "minimum": None}
+    assert str(found).endswith("valley none, steepest none, minimum none.")
+
+
+def test_plots_its_curve_and_suggestions():
+    pytest.importorskip("matplotlib")
+    figure = valley().plot()
+    (ax,) = figure.axes
+    assert ax.get_xscale() == "log"
+    labels = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert [label.split(":")[0] for label in labels] == [
+        "loss of the batch",
+        "smoothed",
+        "valley",
+        "steepest",
+        "minimum",
+    ]
+    assert valley().plot(ax) is figure
+
+
+def test_shows_a_progress_bar(fitted, capsys):
+    find(fitted[0], verbose=1)
+    assert "12/12" in capsys.readouterr().out
+    find(fitted[0], verbose=0)
+    assert capsys.readouterr().out == ""
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"min_learning_rate": 0.0}, "`min_learning_rate` must be a finite number above 0"),
+        ({"max_learning_rate": math.inf}, "`max_learning_rate` must be a finite number above 0"),
+        ({"max_learning_rate": 1e-9}, "`min_learning_rate` must be below `max_learning_rate`"),
+        ({"stop_at": 1.0}, "`stop_at` above 1"),
+        ({"steps": 9}, "`steps` must be an int of at least 10"),
+        ({"layers": "nothing"}, 'layers="nothing"` matches no layer'),
+        ({"x": iter([(X, Y)]), "y": None, "batch_size": None}, "is a generator or iterator"),
+        ({"y": np.full_like(Y, np.nan)}, "The loss is not finite after 0 steps"),
+    ],
+)
+def test_refuses_bad_arguments(fitted, arguments, words):
+    before = state_of(fitted[0])
+    with pytest.raises(ValueError, match=words):
+        find(fitted[0], **arguments)
+    assert state_of(fitted[0]) == before
+
+
+def test_refuses_a_model_that_is_not_ready():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    with pytest.raises(ValueError, match="Compile the model"):
+        find(model)
+    model = keras.Sequential([keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="is not built"):
+        find(model)
+
+
+def test_refuses_groups_with_a_schedule():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    model, _ = build(GroupOptimizer({"all": keras.optimizers.SGD(schedule)}))
+    with pytest.raises(ValueError, match="`find_learning_rate` needs learning rates"):
+        find(model)
+
+
+def test_a_schedule_of_one_optimizer_is_replaced_and_put_back():
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
+    model, _ = build(keras.optimizers.SGD(schedule))
+    optimizer = model.optimizer
+    assert len(find(model).losses) == 12
+    assert model.optimizer is optimizer
+
+
+def test_refuses_a_step_that_tells_no_loss():
+    class Silent(keras.Model):
+        def train_step(self, data):
+            return {"other": 1.0}
+
+    inputs = keras.Input((4,))
+    model = Silent(inputs, keras.layers.Dense(1)(inputs))
+    model.compile("sgd", "mse")
+    with pytest.raises(ValueError, match="returns no `loss`.*It returns: other"):
+        find(model)
