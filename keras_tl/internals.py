@@ -253,7 +253,12 @@ def copy_optimizer_state(source: keras.Optimizer, target: keras.Optimizer) -> No
             ]
     for old, new in pairs:
         if new is not None:
-            new.assign(old)
+            copy_value(old, new)
+
+
+def copy_value(source: keras.Variable, target: keras.Variable) -> None:
+    """Gives a variable the value of another: a copy, as JAX lets no two variables share one."""
+    target.assign(keras.ops.copy(source))
 
 
 def _slots(optimizer: keras.Optimizer) -> dict[str, list[Any]]:

@@ -106,8 +106,9 @@ def _loss_scaled_like(old: keras.Optimizer, new: keras.Optimizer) -> keras.Optim
 
 def _build(new: keras.Optimizer, variables: Sequence[keras.Variable], old: keras.Optimizer) -> None:
     new.build(list(variables))
-    if isinstance(new, keras.optimizers.LossScaleOptimizer) and old.built:
-        new.step_counter.assign(getattr(old, "step_counter", 0))
+    wrapper = keras.optimizers.LossScaleOptimizer
+    if isinstance(new, wrapper) and isinstance(old, wrapper) and old.built:
+        internals.copy_value(old.step_counter, new.step_counter)
 
 
 def renew_training(
@@ -220,7 +221,7 @@ def _continued(
     clipnorm = old.global_clipnorm if isinstance(old, GroupOptimizer) else None
     new = GroupOptimizer(groups, assign=assign, global_clipnorm=clipnorm)
     new.build_from(variables, old if isinstance(old, GroupOptimizer) else _groups_of(old))
-    new.iterations.assign(old.iterations)
+    internals.copy_value(old.iterations, new.iterations)
     return new
 
 

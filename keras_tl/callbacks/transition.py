@@ -35,14 +35,14 @@ class Transition:
     layers: tuple[str, ...]
     frozen: tuple[str, ...] = ()
 
-    def describe(self, backbone: str, why: str) -> str:
-        """Returns one line for the user."""
+    def describe(self, what: str, why: str) -> str:
+        """Returns one line for the user: what the callback does, and why."""
         best = "" if self.value is None else f" (best {self.value:.4g})"
         moves = f"{_layers(self.layers)} {'joins' if len(self.layers) == 1 else 'join'}, "
         if self.frozen:
             moves += f"{_layers(self.frozen)} {'is' if len(self.frozen) == 1 else 'are'} frozen, "
         return (
-            f"Epoch {self.epoch + 1}: UnfreezeAtConvergence unfreezes {backbone}: {why}{best}. "
+            f"Epoch {self.epoch + 1}: UnfreezeAtConvergence {what}: {why}{best}. "
             f"{moves}{self.trainable_before:,} -> {self.trainable_after:,} trainable parameters, "
             f"learning rate {self.learning_rate_before:.4g} -> {self.learning_rate_after:.4g}."
         )

@@ -459,7 +459,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             frozen=self._backbones.names_of(_without(before, after)),
         )
         self.transitions.append(transition)
-        self._say(transition.describe(self._backbones.names, self._described(reason)))
+        what = f"begins stage {transition.stage} of" if self._scheduled else "unfreezes"
+        self._say(transition.describe(f"{what} {self._backbones.names}", self._described(reason)))
         self._begin_stage(transition.stage)
         self._carry_best_over(before)
         if self.warmup_steps:

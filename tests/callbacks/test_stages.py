@@ -221,7 +221,16 @@ def test_early_stopping_before_it_ends_each_stage_but_not_the_last():
 def test_says_in_which_stage_training_ended(capsys):
     callback = scored(Stage("block3.*", 1e-3), Stage("all", 1e-4), verbose=1)
     scripted_stages(callback, [5, 5, 4])
-    assert "training ended in stage 1 of 2. Pass more `epochs`" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert 'Epoch 3: UnfreezeAtConvergence begins stage 1 of "backbone": score has not' in out
+    assert "1 layer joins, " in out
+    assert "training ended in stage 1 of 2. Pass more `epochs`" in out
+
+
+def test_says_what_is_frozen(capsys):
+    callback = scored(Stage("block3.*", 1e-3), Stage("block[12]_dense", 1e-4), verbose=1)
+    scripted_stages(callback, [5, 5, 4, 4, 4])
+    assert "2 layers join, 1 layer is frozen, " in capsys.readouterr().out
 
 
 # What the optimizer knows.
