@@ -51,8 +51,8 @@ class Stage:
     >>> backbone = keras.applications.VGG16(include_top=False, weights=None)
     >>> for stage in Stage.by_depth(backbone, 3, 1e-4, decay=0.5):
     ...     print(stage)
-    3 layers (block5_conv1 to block5_conv3), learning rate 0.0001
-    6 layers (block4_conv1 to block5_conv3), learning rate 5e-05
+    6 layers (block4_conv1 to block5_conv3), learning rate 0.0001
+    9 layers (block3_conv1 to block5_conv3), learning rate 5e-05
     all layers, learning rate 2.5e-05
 
     References:

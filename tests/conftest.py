@@ -22,6 +22,11 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("keras_tl")
 
 
+def examples(count):
+    """How many examples a property that trains models draws: KERAS_TL_EXAMPLES times as many."""
+    return count * int(os.environ.get("KERAS_TL_EXAMPLES", "1"))
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(0)

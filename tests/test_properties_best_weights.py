@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, switching
 from tests import models, strategies
-from tests.conftest import regression_data
+from tests.conftest import examples, regression_data
 
 X, Y = regression_data(16, seed=1)
 VALIDATION = regression_data(16, seed=2)
@@ -29,7 +29,7 @@ VALIDATION = regression_data(16, seed=2)
     stages=st.lists(st.sampled_from(["all", 1]), min_size=1, max_size=3),
     stage_epochs=st.integers(1, 2),
 )
-@settings(max_examples=20)
+@settings(max_examples=examples(15))
 def test_final_value_is_the_best_in_the_history(
     kinds, outer, optimizer, learning_rate, monitor, regularized, stages, stage_epochs, **settings
 ):

@@ -18,7 +18,7 @@ from keras_tl import (
 )
 from keras_tl.backbones import constant_weights
 from tests import models, strategies
-from tests.conftest import as_bytes, regression_data
+from tests.conftest import as_bytes, examples, regression_data
 
 BATCHES = 4
 
@@ -174,7 +174,7 @@ clean = {
 
 
 @given(**clean)
-@settings(max_examples=25)
+@settings(max_examples=examples(15))
 def test_a_clean_run_never_trips_the_guard(make_run, check, switch, again):
     train_cleanly(make_run, check, switch, again)
 
@@ -215,7 +215,7 @@ def causes_of(error):
     data=st.data(),
     relative=st.booleans(),
 )
-@settings(max_examples=20)
+@settings(max_examples=examples(12))
 def test_an_overwritten_weight_is_named(make_run, check, batch, data, relative):
     run = make_run()
     weights = constant_weights(run.model)

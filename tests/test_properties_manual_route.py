@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
 from tests import models, strategies
-from tests.conftest import Recorder, regression_data, values_of
+from tests.conftest import Recorder, examples, regression_data, values_of
 
 EPOCHS = 6
 X, Y = regression_data(24, seed=1)
@@ -97,7 +97,7 @@ def in_one_fit(model, data, stages, **settings):
     min_delta=st.sampled_from([0.0, 0.05]),
     start_from_epoch=st.integers(0, 1),
 )
-@settings(max_examples=25)
+@settings(max_examples=examples(12))
 def test_one_fit_is_the_manual_route(
     kinds, outer, seed, optimizer, data, run_eagerly, regularized, stages, **callback
 ):
