@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import keras
+import numpy as np
 
 from keras_tl import internals
 
@@ -39,6 +41,28 @@ class Snapshot:
         """Gives the weights the values they had."""
         for weight, copy in self._copies:
             weight.assign(copy)
+
+    def get_state(self, variables: Sequence[keras.Variable]) -> tuple[list[int], list[np.ndarray]]:
+        """Returns the positions of its weights in a model's variables, and their values."""
+        position = {id(variable): index for index, variable in enumerate(variables)}
+        return (
+            [position[id(weight)] for weight, _ in self._copies],
+            [copy for _, copy in self._copies],
+        )
+
+    @classmethod
+    def from_state(
+        cls,
+        positions: Sequence[int],
+        values: Sequence[np.ndarray],
+        variables: Sequence[keras.Variable],
+    ) -> Snapshot:
+        """Returns the snapshot of which these are positions and values."""
+        snapshot = cls([])
+        snapshot._copies = [
+            (variables[position], value) for position, value in zip(positions, values, strict=True)
+        ]
+        return snapshot
 
     def extended(self, weights: Iterable[keras.Variable]) -> Snapshot:
         """Returns a snapshot of more weights: these as copied here, or else as they are now."""
@@ -105,6 +129,38 @@ class BestWeights:
         if self._run is not None and self.value is not None:
             self._run = self._run.extended(weights)
             self.value += value_offset
+
+    def get_state(
+        self, variables: Sequence[keras.Variable]
+    ) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+        """Returns all of it for `set_state`: what JSON can hold, and arrays.
+
+        Args:
+            variables: Those of the model, by whose positions weights are told.
+        """
+        same = self._stage is self._run
+        kept = {"run": self._run, "stage": None if same else self._stage}
+        positions, arrays = {}, {}
+        for name, snapshot in kept.items():
+            if snapshot is not None:
+                positions[name], arrays[f"best_of_{name}"] = snapshot.get_state(variables)
+        return {"value": self.value, "epoch": self.epoch, "same": same, **positions}, arrays
+
+    def set_state(
+        self,
+        state: Mapping[str, Any],
+        arrays: Mapping[str, Sequence[np.ndarray]],
+        variables: Sequence[keras.Variable],
+    ) -> None:
+        """Becomes what `get_state` returned."""
+        self.value, self.epoch = state["value"], state["epoch"]
+        kept = {
+            name: Snapshot.from_state(state[name], arrays[f"best_of_{name}"], variables)
+            for name in ("run", "stage")
+            if name in state
+        }
+        self._run = kept.get("run")
+        self._stage = self._run if state["same"] else kept.get("stage")
 
     def _beats(self, value: float, best: float | None) -> bool:
         if best is None:

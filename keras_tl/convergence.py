@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import numpy as np
 
 
@@ -83,6 +86,16 @@ class ConvergenceMonitor:
             return False
         self.wait += 1
         return self.wait >= self.patience
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns what it has seen, as JSON can hold it, for `set_state`."""
+        best = None if self.best is None else float(self.best)
+        return {"best": best, "best_epoch": self.best_epoch, "wait": self.wait}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what `get_state` returned."""
+        self.best, self.best_epoch = state["best"], state["best_epoch"]
+        self.wait = state["wait"]
 
     def _improves(self, value: float) -> bool:
         if self.best is None:

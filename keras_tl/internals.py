@@ -340,6 +340,19 @@ def clip_by_global_norm(gradients: Sequence[Any], norm: float) -> list[Any]:
     return base_optimizer.clip_by_global_norm(gradients, norm)
 
 
+def initial_epoch(model: keras.Model) -> int | None:
+    """Returns the epoch that a restoring callback has set for `fit` to begin with, if one has."""
+    return model._initial_epoch
+
+
+def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
+    """Sets the epoch that `fit` begins with, when called in `on_train_begin`.
+
+    As `BackupAndRestore` does it, which leaves it set: the next `fit` would begin there too.
+    """
+    model._initial_epoch = epoch
+
+
 def has_own_train_step(model: keras.Model) -> bool:
     """Whether the model's step is not that of Keras, and so may train any weights."""
     return type(model).train_step is not keras.Model.train_step or "train_step" in vars(model)

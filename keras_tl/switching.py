@@ -173,6 +173,35 @@ def renew_training(
     internals.renew_functions(model, keep_evaluation=keep_evaluation)
 
 
+def restore_training(
+    model: keras.Model, values: Sequence[Any], optimizer_values: Sequence[Any]
+) -> None:
+    """Gives a model's variables and those of its optimizer the values they had.
+
+    Args:
+        model: A compiled model, with the trainable weights and the optimizer that it had then.
+        values: Arrays, one for each of `model.variables`.
+        optimizer_values: Arrays, one for each of the optimizer's variables.
+
+    Raises:
+        ValueError: If the optimizer has other variables.
+    """
+    optimizer = model.optimizer
+    with internals.strategy_scope(model):
+        if not optimizer.built:
+            optimizer.build(model.trainable_variables)
+    known = [tuple(variable.shape) for variable in optimizer.variables]
+    if known != [tuple(value.shape) for value in optimizer_values]:
+        raise ValueError(
+            f"The backup is of another optimizer than {optimizer.name!r}, or of one for other "
+            "weights. Compile the model as in the run that was interrupted, with the same stages."
+        )
+    for variable, value in zip(model.variables, values, strict=True):
+        variable.assign(value)
+    for variable, value in zip(optimizer.variables, optimizer_values, strict=True):
+        variable.assign(value)
+
+
 def _fresh(
     given: keras.Optimizer | None,
     old: keras.Optimizer,

@@ -2,7 +2,7 @@
 
 import keras
 import tensorflow as tf
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
@@ -96,6 +96,19 @@ def in_one_fit(model, data, stages, **settings):
     patience=st.integers(0, 2),
     min_delta=st.sampled_from([0.0, 0.05]),
     start_from_epoch=st.integers(0, 1),
+)
+@example(  # Regularizers of weights that are frozen again stop counting.
+    kinds=["dense", "dense"],
+    outer=models.functional_outer,
+    seed=0,
+    optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
+    data=arrays,
+    run_eagerly=False,
+    regularized=True,
+    stages=[("all", 1e-2), (1, 1e-2)],
+    patience=0,
+    min_delta=0.0,
+    start_from_epoch=0,
 )
 @settings(max_examples=examples(12))
 def test_one_fit_is_the_manual_route(

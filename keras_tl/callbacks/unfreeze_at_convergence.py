@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,16 +11,18 @@ from typing import Any
 import keras
 
 from keras_tl import freezing, internals, switching
-from keras_tl.backbones import Backbones, changeable_weights
+from keras_tl.backbones import changeable_weights
 from keras_tl.best_weights import BestWeights
 from keras_tl.callbacks.messages import say
 from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
+from keras_tl.callbacks.progress import Progress
+from keras_tl.callbacks.run_backup import RunBackup
 from keras_tl.callbacks.transition import Transition
 from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
-from keras_tl.learning_rates import LayerwiseLearningRates, LearningRate
-from keras_tl.optimizers import GroupOptimizer
+from keras_tl.learning_rates import LearningRate
 from keras_tl.selecting import Backbone, Selection, is_built
 from keras_tl.stages import DEFAULT_RATE, Stage, check_stages
+from keras_tl.staging import StagedModel, without
 from keras_tl.warm_up import WarmUp, check_can_be_set, learning_rate_of
 
 
@@ -86,6 +89,13 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         restore_best_weights: Bool. Whether the best weights of a stage are restored before the
             next, and those of the whole run at its end. Values are compared across a switch after
             adding what regularizers of the unfrozen layers put on the loss. Defaults to `True`.
+        backup_dir: String or path. A folder in which the whole state of the run is kept after each
+            epoch: weights, optimizer, stage, counters, best weights. The same `fit`, started again
+            after it was interrupted or killed, goes on from there with the next epoch. Weights and
+            random seeds of the model are restored bit for bit; data that is shuffled at random
+            starts over. `BackupAndRestore` is not needed. Defaults to `None`: no backup.
+        delete_checkpoint: Bool. Whether the backup is deleted when training has ended. Defaults to
+            `True`.
         verbose: 0 or 1. Whether a switch and the end are reported. Defaults to `1`.
 
     Attributes:
@@ -140,6 +150,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         warmup_steps: int = 0,
         fine_tune_patience: int | None = None,
         restore_best_weights: bool = True,
+        backup_dir: str | os.PathLike[str] | None = None,
+        delete_checkpoint: bool = True,
         verbose: int = 1,
     ):
         super().__init__()
@@ -179,41 +191,58 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.warmup_steps = warmup_steps
         self.fine_tune_patience = fine_tune_patience
         self.restore_best_weights = restore_best_weights
+        self.backup_dir = backup_dir
+        self.delete_checkpoint = delete_checkpoint
         self.verbose = verbose
-        self.stage = 0
-        self.transitions: list[Transition] = []
+        self._progress = Progress()
         self._scheduled = stages is not None
         self._renewed_optimizer: keras.Optimizer | None = None
+
+    @property
+    def stage(self) -> int:
+        """The stage that the model is in."""
+        return self._progress.stage
+
+    @property
+    def transitions(self) -> list[Transition]:
+        """The switches of the last `fit`."""
+        return self._progress.transitions
 
     # Hooks, in the order in which `fit` calls them.
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._check_optimizer()
         self._beside = internals.callbacks_beside(self)
         self._check_beside()
-        self._backbones = Backbones(self.model, self.backbone)
-        for stage in self.stages:
-            self._check_stage(stage)
+        self._staged = StagedModel(
+            self.model,
+            self.stages,
+            exactly=self._scheduled,
+            backbone=self.backbone,
+            optimizer=self.optimizer,
+        )
         self._monitored = MonitoredValue(self.monitor, self.mode, self.model)
-        self._best: BestWeights | None = None
+        self._progress = Progress()
         self._warm_up: WarmUp | None = None
-        self._switch_reason: str | None = None
-        self._stop_reason: str | None = None
-        self.transitions = []
         self._prepared = is_built(self.model)
-        self._freeze_untouched()
+        switched = self.model.optimizer is self._renewed_optimizer
+        if not switched and self._staged.freeze_untouched():
+            self._say(f"UnfreezeAtConvergence froze {self._staged.names}, which was trainable.")
+        self._begin_stage(0)
         if self._prepared:
             self._find_stage()
-        else:
-            self._begin_stage(0)
-        self._keeps_groups = self.stage == 0 and self._compiled_with_groups()
         if self.stage == 0:
-            self._check_renewable()
+            self._staged.check_renewable(self.warmup_steps)
+        self._initial_epoch = internals.initial_epoch(self.model)
+        self._backup = self._make_backup()
+        if self._backup is not None:
+            self._resume(self._backup)
+        if self._prepared and internals.initial_epoch(self.model) is self._initial_epoch:
+            self._say_stage()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        if self._switch_reason is not None:
-            self._switch(epoch, self._switch_reason)
-            self._switch_reason = None
+        internals.set_initial_epoch(self.model, self._initial_epoch)
+        if self._progress.switch_reason is not None:
+            self._switch(epoch, self._progress.switch_reason)
 
     def _on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         # On JAX the values are with the model only after this property was read.
@@ -225,14 +254,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if not self._prepared:
             # Keras builds a subclassed model in its first step, on TensorFlow.
             self._prepared = True
-            for stage in self.stages:
-                self._check_stage(stage)
+            self._staged.check_stages()
             self._find_stage()
+            self._say_stage()
         last_epoch = epoch + 1 == (self.params or {}).get("epochs")
         value = self._monitored.read(logs, last_epoch=last_epoch)
-        logs.update(self._learning_rates())
+        logs.update(self._staged.learning_rates(self.stage))
         logs["stage"] = self.stage
-        self._stage_epochs += 1
+        self._progress.stage_epochs += 1
         ended = self._why_ended(epoch, value)
         if self.stage > 0 and value is not None and not math.isfinite(value):
             self._stop(epoch, f"{self.monitor} is {value}")
@@ -240,10 +269,15 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._decide_switch(epoch, ended, logs)
         elif ended is not None:
             self._stop(epoch, self._described(ended))
+        if self._backup is not None:
+            self._save(self._backup, epoch + 1)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        if self._stop_reason is not None:
-            self._say(self._stop_reason)
+        internals.set_initial_epoch(self.model, self._initial_epoch)
+        if self._warm_up is not None:
+            self._warm_up.finish()
+        if self._progress.stop_reason is not None:
+            self._say(self._progress.stop_reason)
         if self.stage == 0:
             warnings.warn(self._why_still_frozen(), stacklevel=2)
         elif self.stage < len(self.stages):
@@ -251,23 +285,18 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 f"UnfreezeAtConvergence: training ended in stage {self.stage} of "
                 f"{len(self.stages)}. Pass more `epochs` to `fit` for the others."
             )
-        if self._best is not None and self._best.epoch is not None:
-            self._best.restore_run()
+        best = self._progress.best
+        if best is not None and best.epoch is not None:
+            best.restore_run()
             self._say(
                 "UnfreezeAtConvergence restored the best weights, of epoch "
-                f"{self._best.epoch + 1}: {self.monitor} {self._best.value:.4g}."
+                f"{best.epoch + 1}: {self.monitor} {best.value:.4g}."
             )
-            self._best = None
+            self._progress.best = None
+        if self._backup is not None and self.delete_checkpoint:
+            self._backup.delete()
 
     # Before the first step.
-
-    def _check_optimizer(self) -> None:
-        if self.model.optimizer is None:
-            raise ValueError(
-                f'The model "{self.model.name}" has no `optimizer`, so UnfreezeAtConvergence has '
-                "none to renew. Compile it with one; an overridden `compile` must set "
-                "`self.optimizer`."
-            )
 
     def _check_beside(self) -> None:
         if sum(isinstance(one, UnfreezeAtConvergence) for one in self._beside) > 1:
@@ -276,110 +305,73 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 "other. Pass one; for several switches give it `stages`."
             )
 
-    def _check_stage(self, stage: Stage) -> None:
-        self._backbones.check(stage.layers, stage.train_batchnorm)
-        if is_built(self.model) and isinstance(stage.learning_rate, Mapping):
-            rates = self._layerwise(stage.learning_rate)
-            with freezing.trainable_flags_kept(self.model):
-                before = self.model.trainable_weights
-                self._backbones.unfreeze(stage.layers, stage.train_batchnorm)
-                for weight in _without(self.model.trainable_weights, before):
-                    rates.of(weight)
-
-    def _check_renewable(self) -> None:
-        """Raises now what would else be raised at the first switch."""
-        compiled = internals.without_loss_scale(self.model.optimizer)
-        if self._keeps_groups:
-            self._check_groups(compiled)
-            if self.warmup_steps:
-                check_can_be_set("warmup_steps", *compiled.groups.values())
-        elif isinstance(compiled, keras.optimizers.MultiOptimizer):
-            if any(stage.head_learning_rate is not None for stage in self.stages):
-                raise ValueError(
-                    "`head_learning_rate` needs a model compiled with one optimizer, to go on "
-                    f"with. Received: {compiled.name!r}, which has several. Leave "
-                    "`head_learning_rate` out and pass `optimizer`, or compile with one."
-                )
-            if self.optimizer is None:
-                switching.renew_optimizer(compiled)
-
-    def _compiled_with_groups(self) -> bool:
-        """Whether the model's own parameter groups stay."""
-        compiled = internals.without_loss_scale(self.model.optimizer)
-        return self.optimizer is None and isinstance(compiled, GroupOptimizer)
-
-    def _check_groups(self, compiled: GroupOptimizer) -> None:
-        only = self.stages[0]
-        if self._scheduled or (only.learning_rate, only.head_learning_rate) != (DEFAULT_RATE, None):
-            raise ValueError(
-                f"The model is compiled with the GroupOptimizer {compiled.name!r}, whose groups "
-                "have their own learning rates, so `learning_rate`, `head_learning_rate` and "
-                "`stages` would be lost. Leave them out, or compile with one optimizer."
-            )
-        if self._prepared:
-            joining = self._backbones.still_frozen(only.layers, only.train_batchnorm)
-            compiled.resolve([*self.model.trainable_weights, *joining])
-
-    def _freeze_untouched(self) -> None:
-        """Freezes a plain backbone that nobody has frozen yet, unless a switch unfroze it."""
-        switched = self.model.optimizer is self._renewed_optimizer
-        if not switched and self._backbones.untouched():
-            with switching.all_or_nothing(self.model):
-                self._backbones.freeze()
-                if is_built(self.model):
-                    switching.renew_training(self.model)
-            self._say(f"UnfreezeAtConvergence froze {self._backbones.names}, which was trainable.")
-
     def _find_stage(self) -> None:
         """Goes on in the stage that the model is in, as one loaded from it."""
-        self._begin_stage(self._stage_of_model())
-        training = self._backbones.names_of(self.model.trainable_weights)
+        self._begin_stage(self._staged.stage())
+
+    def _say_stage(self) -> None:
+        training = self._staged.backbones.names_of(self.model.trainable_weights)
         if self.stage == 0 and training:
             self._say(
-                f"UnfreezeAtConvergence: of {self._backbones.names} these layers train in stage 0 "
+                f"UnfreezeAtConvergence: of {self._staged.names} these layers train in stage 0 "
                 f"already: {', '.join(training)}."
             )
         if self.stage > 0:
             rate = learning_rate_of(self.model.optimizer)
             self._say(
-                f"UnfreezeAtConvergence goes on fine-tuning {self._backbones.names}, which is "
+                f"UnfreezeAtConvergence goes on fine-tuning {self._staged.names}, which is "
                 f"trainable already, with learning rate {rate:.4g}."
             )
 
-    def _stage_of_model(self) -> int:
-        if self._scheduled:
-            for number, stage in enumerate(self.stages, start=1):
-                if self._backbones.trains_only(stage.layers, stage.train_batchnorm):
-                    return number
-            return 0
-        only = self.stages[0]
-        return 0 if self._backbones.still_frozen(only.layers, only.train_batchnorm) else 1
-
     def _begin_stage(self, stage: int) -> None:
-        self.stage = stage
-        self._stage_epochs = 0
-        self._judge: ConvergenceMonitor | None = None
+        self._progress.begin_stage(stage)
         self._changeable = changeable_weights(self.model)
 
+    # The backup.
+
+    def _make_backup(self) -> RunBackup | None:
+        if self.backup_dir is None:
+            return None
+        settings = {"monitor": self.monitor, "stages": len(self.stages)}
+        return RunBackup(self.backup_dir, self.model, **settings)
+
+    def _save(self, backup: RunBackup, epoch: int) -> None:
+        state, arrays = self._progress.to_data(self.model.variables)
+        state["warm_up"] = None if self._warm_up is None else self._warm_up.get_state()
+        backup.save(epoch, state, arrays)
+
+    def _resume(self, backup: RunBackup) -> None:
+        """Goes on where the last snapshot was made, if there is one."""
+        snapshot = backup.load()
+        if snapshot is None:
+            return
+        state, variables = snapshot.state, self.model.variables
+        with switching.all_or_nothing(self.model, variables):
+            if self.stage > state["stage"]:
+                self._staged.go_back()
+                self._begin_stage(0)
+            for number in range(self.stage + 1, state["stage"] + 1):
+                self._staged.enter(number)
+                self._begin_stage(number)
+            switching.restore_training(
+                self.model, snapshot.arrays["model"], snapshot.arrays["optimizer"]
+            )
+        self._renewed_optimizer = self.model.optimizer
+        best = BestWeights(self._monitored.mode)
+        self._progress.read(state, snapshot.arrays, variables, self._new_judge(), best)
+        if state["warm_up"] is not None:
+            self._warm_up = WarmUp(self._staged.optimizers(), self.warmup_steps)
+            self._warm_up.set_state(state["warm_up"])
+        epoch = snapshot.epoch
+        if self._progress.stop_reason is not None:
+            epoch = max(epoch, (self.params or {}).get("epochs", 0))
+        internals.set_initial_epoch(self.model, epoch)
+        self._say(
+            f"UnfreezeAtConvergence goes on after epoch {snapshot.epoch}, in stage {self.stage}, "
+            f"from {backup.folder!r}."
+        )
+
     # At an epoch's end.
-
-    def _learning_rates(self) -> dict[str, float]:
-        """What the logs get; every key from the first epoch, or CSVLogger and History drop it."""
-        optimizer = internals.without_loss_scale(self.model.optimizer)
-        rate = learning_rate_of(optimizer)
-        rates = {"learning_rate": rate}
-        if any(stage.head_learning_rate is not None or stage.layerwise for stage in self.stages):
-            rates["learning_rate_head"] = rate
-            for number in range(1, len(self.stages) + 1):
-                joined = number <= self.stage
-                rates[f"learning_rate_{self._group(number)}"] = rate if joined else 0.0
-        if isinstance(optimizer, GroupOptimizer):
-            rates.update(optimizer.logs())
-        return rates
-
-    def _group(self, stage: int) -> str:
-        """The name of the parameter group of what joins in a stage."""
-        return f"backbone_{stage}" if self._scheduled else "backbone"
 
     def _limits(self) -> tuple[int | None, int | None]:
         """After how many epochs without improvement, and of all, the stage ends."""
@@ -397,30 +389,34 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         patience, limit = self._limits()
         if value is not None and self._converged(epoch, value, patience):
             return "converged"
-        if limit is not None and self._stage_epochs >= limit:
+        if limit is not None and self._progress.stage_epochs >= limit:
             return "max_frozen_epochs" if self.stage == 0 else "epochs"
         return None
 
     def _converged(self, epoch: int, value: float, patience: int | None) -> bool:
-        if self._judge is None:
-            self._judge = ConvergenceMonitor(
-                mode=self._monitored.mode,
-                min_delta=self.min_delta,
-                patience=patience or 0,
-                start_from_epoch=self.start_from_epoch,
-                dtype=keras.config.floatx(),
-            )
-        converged = self._judge.update(epoch, value) and patience is not None
+        progress = self._progress
+        progress.judge = judge = progress.judge or self._new_judge()
+        converged = judge.update(epoch, value) and patience is not None
         if self.restore_best_weights:
-            self._best = self._best or BestWeights(self._monitored.mode)
-            best_of_stage = self._judge.best_epoch == epoch
-            self._best.update(epoch, value, self._changeable, best_of_stage=best_of_stage)
+            progress.best = progress.best or BestWeights(self._monitored.mode)
+            best_of_stage = judge.best_epoch == epoch
+            progress.best.update(epoch, value, self._changeable, best_of_stage=best_of_stage)
         return converged
 
+    def _new_judge(self) -> ConvergenceMonitor:
+        patience, _ = self._limits()
+        return ConvergenceMonitor(
+            mode=self._monitored.mode,
+            min_delta=self.min_delta,
+            patience=patience or 0,
+            start_from_epoch=self.start_from_epoch,
+            dtype=keras.config.floatx(),
+        )
+
     def _decide_switch(self, epoch: int, ended: str | None, logs: dict[str, Any]) -> None:
-        self._switch_reason = ended
+        self._progress.switch_reason = ended
         if self.model.stop_training and self._stopped_early(epoch, logs):
-            self._switch_reason = ended or "early_stopping"
+            self._progress.switch_reason = ended or "early_stopping"
             self.model.stop_training = False
 
     def _stopped_early(self, epoch: int, logs: dict[str, Any]) -> bool:
@@ -436,7 +432,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         ]
 
     def _stop(self, epoch: int, why: str) -> None:
-        self._stop_reason = f"Epoch {epoch + 1}: UnfreezeAtConvergence stopped: {why}."
+        self._progress.stop_reason = f"Epoch {epoch + 1}: UnfreezeAtConvergence stopped: {why}."
         self.model.stop_training = True
 
     # The switch.
@@ -444,80 +440,43 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def _switch(self, epoch: int, reason: str) -> None:
         before = list(self.model.trainable_weights)
         rate = learning_rate_of(self.model.optimizer)
-        self._enter(self.stage + 1, before)
+        self._staged.enter(self.stage + 1, self._progress.best)
+        self._renewed_optimizer = self.model.optimizer
         after = self.model.trainable_weights
         transition = Transition(
             epoch=epoch,
             stage=self.stage + 1,
             reason=reason,
-            value=None if self._judge is None else self._judge.best,
+            value=None if self._progress.judge is None else self._progress.judge.best,
             learning_rate_before=rate,
             learning_rate_after=learning_rate_of(self.model.optimizer),
             trainable_before=freezing.count_params(before),
             trainable_after=freezing.count_params(after),
-            layers=self._backbones.names_of(_without(after, before)),
-            frozen=self._backbones.names_of(_without(before, after)),
+            layers=self._staged.backbones.names_of(without(after, before)),
+            frozen=self._staged.backbones.names_of(without(before, after)),
         )
         self.transitions.append(transition)
         what = f"begins stage {transition.stage} of" if self._scheduled else "unfreezes"
-        self._say(transition.describe(f"{what} {self._backbones.names}", self._described(reason)))
+        self._say(transition.describe(f"{what} {self._staged.names}", self._described(reason)))
         self._begin_stage(transition.stage)
         self._carry_best_over(before)
         if self.warmup_steps:
-            self._warm_up = WarmUp(self._fresh_optimizers(), self.warmup_steps)
+            self._warm_up = WarmUp(self._staged.optimizers(), self.warmup_steps)
         for callback in self._early_stopping():
             callback.on_train_begin()
 
-    def _enter(self, number: int, before: list[keras.Variable]) -> None:
-        """Goes to a stage, from the best weights on, or changes nothing."""
-        stage = self.stages[number - 1]
-        with switching.all_or_nothing(self.model, self._changeable):
-            if self._best is not None:
-                self._best.restore_stage()
-            if self._scheduled:
-                self._backbones.freeze()
-            self._backbones.unfreeze(stage.layers, stage.train_batchnorm)
-            after = self.model.trainable_weights
-            changing = [*_without(after, before), *_without(before, after)]
-            given = self.optimizer is not None and not self._scheduled
-            switching.renew_training(
-                self.model,
-                None if given or self._keeps_groups else self._rate_of(stage),
-                head_learning_rate=stage.head_learning_rate,
-                optimizer=self.optimizer,
-                trained=before,
-                group=self._group(number),
-                keep_evaluation=not any(weight.regularizer for weight in changing),
-            )
-        self._renewed_optimizer = self.model.optimizer
-
-    def _rate_of(self, stage: Stage) -> LearningRate | LayerwiseLearningRates:
-        if isinstance(stage.learning_rate, Mapping):
-            return self._layerwise(stage.learning_rate)
-        return stage.learning_rate
-
-    def _layerwise(self, rates: Mapping[str, float]) -> LayerwiseLearningRates:
-        if isinstance(rates, LayerwiseLearningRates):
-            return rates
-        return LayerwiseLearningRates(self._backbones.layers, rates)
-
     def _carry_best_over(self, before: list[keras.Variable]) -> None:
         """Makes the best value comparable: regularizers count for weights that train only."""
-        if self._best is None:
+        if self._progress.best is None:
             return
         offset = 0.0
         if self.monitor in ("loss", "val_loss"):
             # Of the weights as they are now, also where the best of the run has others: so values
             # of two stages compare as if all regularizers counted in both.
             after = self.model.trainable_weights
-            offset += switching.regularization_loss(_without(after, before))
-            offset -= switching.regularization_loss(_without(before, after))
-        self._best.begin_stage(self._changeable, offset)
-
-    def _fresh_optimizers(self) -> list[keras.Optimizer]:
-        optimizer = internals.without_loss_scale(self.model.optimizer)
-        groups = optimizer.groups.values() if isinstance(optimizer, GroupOptimizer) else [optimizer]
-        return [one for one in groups if one.built and not int(internals.on_host(one.iterations))]
+            offset += switching.regularization_loss(without(after, before))
+            offset -= switching.regularization_loss(without(before, after))
+        self._progress.best.begin_stage(self._changeable, offset)
 
     # Messages.
 
@@ -526,8 +485,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         return {
             "converged": f"{self.monitor} has not improved for {_epochs(patience)}",
             "early_stopping": "EarlyStopping has seen no improvement",
-            "max_frozen_epochs": f"it was frozen for {_epochs(self._stage_epochs)}",
-            "epochs": f"stage {self.stage} has had its {_epochs(self._stage_epochs)}",
+            "max_frozen_epochs": f"it was frozen for {_epochs(self._progress.stage_epochs)}",
+            "epochs": f"stage {self.stage} has had its {_epochs(self._progress.stage_epochs)}",
         }[reason]
 
     def _why_still_frozen(self) -> str:
@@ -537,7 +496,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 "another callback stopped it. Place an EarlyStopping before UnfreezeAtConvergence, "
                 "and its stop counts as convergence."
             )
-        if self._switch_reason is not None:
+        if self._progress.switch_reason is not None:
             return message + (
                 "stage 0 ended with the last epoch. Pass more `epochs` to `fit` to fine-tune."
             )
@@ -553,8 +512,3 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
 def _epochs(count: int | None) -> str:
     return f"{count} epoch" if count == 1 else f"{count} epochs"
-
-
-def _without(weights: list[keras.Variable], others: list[keras.Variable]) -> list[keras.Variable]:
-    known = {id(weight) for weight in others}
-    return [weight for weight in weights if id(weight) not in known]

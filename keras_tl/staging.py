@@ -1,0 +1,201 @@
+"""A model that is trained in stages: which one it is in, and how it gets into another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import keras
+
+from keras_tl import freezing, internals, switching
+from keras_tl.backbones import Backbones, changeable_weights
+from keras_tl.best_weights import BestWeights
+from keras_tl.learning_rates import LayerwiseLearningRates, LearningRate
+from keras_tl.optimizers import GroupOptimizer
+from keras_tl.selecting import Backbone, is_built
+from keras_tl.stages import DEFAULT_RATE, Stage
+from keras_tl.warm_up import check_can_be_set, learning_rate_of
+
+
+class StagedModel:
+    """A compiled model and its stages after stage 0.
+
+    Args:
+        model: A compiled model.
+        stages: List of `Stage`.
+        exactly: Bool. Whether in each stage just its layers of the backbone train, or they join
+            what trains already.
+        backbone: A layer, model or list of layers of the model. None means each `FrozenBackbone`.
+        optimizer: An optimizer to use instead of a copy of the compiled one.
+
+    Raises:
+        ValueError: If there is no such backbone, a stage selects nothing in it, or the model has no
+            optimizer.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        stages: Sequence[Stage],
+        *,
+        exactly: bool,
+        backbone: Backbone | None = None,
+        optimizer: keras.Optimizer | None = None,
+    ):
+        if model.optimizer is None:
+            raise ValueError(
+                f'The model "{model.name}" has no `optimizer`, so UnfreezeAtConvergence has none '
+                "to renew. Compile it with one; an overridden `compile` must set `self.optimizer`."
+            )
+        self._model = model
+        self._stages = stages
+        self._exactly = exactly
+        self._optimizer = optimizer
+        self._keeps_groups = False
+        self.backbones = Backbones(model, backbone)
+        self.check_stages()
+
+    @property
+    def names(self) -> str:
+        """String. The backbones' names, for a message."""
+        return self.backbones.names
+
+    def check_stages(self) -> None:
+        """Raises a ValueError if a stage cannot be entered, as far as the model is built."""
+        for stage in self._stages:
+            self.backbones.check(stage.layers, stage.train_batchnorm)
+            if is_built(self._model) and isinstance(stage.learning_rate, Mapping):
+                self._check_rates(stage, stage.learning_rate)
+
+    def check_renewable(self, warmup_steps: int) -> None:
+        """Raises now what would else be raised at the switch from stage 0."""
+        compiled = internals.without_loss_scale(self._model.optimizer)
+        if self._optimizer is None and isinstance(compiled, GroupOptimizer):
+            self._keeps_groups = True
+            self._check_groups(compiled)
+            if warmup_steps:
+                check_can_be_set("warmup_steps", *compiled.groups.values())
+        elif isinstance(compiled, keras.optimizers.MultiOptimizer):
+            if any(stage.head_learning_rate is not None for stage in self._stages):
+                raise ValueError(
+                    "`head_learning_rate` needs a model compiled with one optimizer, to go on "
+                    f"with. Received: {compiled.name!r}, which has several. Leave "
+                    "`head_learning_rate` out and pass `optimizer`, or compile with one."
+                )
+            if self._optimizer is None:
+                switching.renew_optimizer(compiled)
+
+    def freeze_untouched(self) -> bool:
+        """Freezes a plain backbone that nobody has frozen yet. Returns whether there was one."""
+        if not self.backbones.untouched():
+            return False
+        with switching.all_or_nothing(self._model):
+            self.backbones.freeze()
+            if is_built(self._model):
+                switching.renew_training(self._model)
+        return True
+
+    def stage(self) -> int:
+        """Returns the stage that the model is in: the first of which just the layers train."""
+        if self._exactly:
+            for number, stage in enumerate(self._stages, start=1):
+                if self.backbones.trains_only(stage.layers, stage.train_batchnorm):
+                    return number
+            return 0
+        only = self._stages[0]
+        return 0 if self.backbones.still_frozen(only.layers, only.train_batchnorm) else 1
+
+    def enter(self, number: int, best: BestWeights | None = None) -> None:
+        """Goes to a stage, from the best weights of the one before on, or changes nothing."""
+        stage = self._stages[number - 1]
+        before = list(self._model.trainable_weights)
+        with switching.all_or_nothing(self._model, changeable_weights(self._model)):
+            if best is not None:
+                best.restore_stage()
+            if self._exactly:
+                self.backbones.freeze()
+            self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
+            after = self._model.trainable_weights
+            changing = [*without(after, before), *without(before, after)]
+            own_rate = self._optimizer is not None and not self._exactly
+            switching.renew_training(
+                self._model,
+                None if own_rate or self._keeps_groups else self._rate_of(stage),
+                head_learning_rate=stage.head_learning_rate,
+                optimizer=self._optimizer,
+                trained=before,
+                group=self._group(number),
+                keep_evaluation=not any(weight.regularizer for weight in changing),
+            )
+
+    def go_back(self) -> None:
+        """Goes to stage 0, with a new optimizer of the kind that the head had."""
+        self.backbones.freeze()
+        optimizer = internals.without_loss_scale(self._model.optimizer)
+        if isinstance(optimizer, GroupOptimizer) and "head" in optimizer.groups:
+            optimizer = optimizer.groups["head"]
+        switching.renew_training(self._model, optimizer=switching.renew_optimizer(optimizer))
+
+    def learning_rates(self, stage: int) -> dict[str, float]:
+        """Returns what the logs get in a stage.
+
+        Every key from the first epoch on, or CSVLogger and History drop it.
+        """
+        optimizer = internals.without_loss_scale(self._model.optimizer)
+        rate = learning_rate_of(optimizer)
+        rates = {"learning_rate": rate}
+        if any(one.head_learning_rate is not None or one.layerwise for one in self._stages):
+            rates["learning_rate_head"] = rate
+            for number in range(1, len(self._stages) + 1):
+                rates[f"learning_rate_{self._group(number)}"] = rate if number <= stage else 0.0
+        if isinstance(optimizer, GroupOptimizer):
+            rates.update(optimizer.logs())
+        return rates
+
+    def optimizers(self) -> list[keras.Optimizer]:
+        """Returns the optimizers of the groups, or the one that there is."""
+        optimizer = internals.without_loss_scale(self._model.optimizer)
+        grouped = isinstance(optimizer, GroupOptimizer)
+        return [*optimizer.groups.values()] if grouped else [optimizer]
+
+    def _check_rates(self, stage: Stage, given: Mapping[str, float]) -> None:
+        """Raises a ValueError if a weight that joins in a stage has no learning rate."""
+        rates = self._layerwise(given)
+        with freezing.trainable_flags_kept(self._model):
+            before = self._model.trainable_weights
+            self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
+            for weight in without(self._model.trainable_weights, before):
+                rates.of(weight)
+
+    def _check_groups(self, compiled: GroupOptimizer) -> None:
+        only = self._stages[0]
+        if self._exactly or (only.learning_rate, only.head_learning_rate) != (DEFAULT_RATE, None):
+            raise ValueError(
+                f"The model is compiled with the GroupOptimizer {compiled.name!r}, whose groups "
+                "have their own learning rates, so `learning_rate`, `head_learning_rate` and "
+                "`stages` would be lost. Leave them out, or compile with one optimizer."
+            )
+        if is_built(self._model):
+            joining = self.backbones.still_frozen(only.layers, only.train_batchnorm)
+            compiled.resolve([*self._model.trainable_weights, *joining])
+
+    def _group(self, stage: int) -> str:
+        """The name of the parameter group of what joins in a stage."""
+        return f"backbone_{stage}" if self._exactly else "backbone"
+
+    def _rate_of(self, stage: Stage) -> LearningRate | LayerwiseLearningRates:
+        if isinstance(stage.learning_rate, Mapping):
+            return self._layerwise(stage.learning_rate)
+        return stage.learning_rate
+
+    def _layerwise(self, rates: Mapping[str, float]) -> LayerwiseLearningRates:
+        if isinstance(rates, LayerwiseLearningRates):
+            return rates
+        return LayerwiseLearningRates(self.backbones.layers, rates)
+
+
+def without(
+    weights: Sequence[keras.Variable], others: Sequence[keras.Variable]
+) -> list[keras.Variable]:
+    """Returns the weights that are not among the others."""
+    known = {id(weight) for weight in others}
+    return [weight for weight in weights if id(weight) not in known]
