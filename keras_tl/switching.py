@@ -173,6 +173,14 @@ def renew_training(
     internals.renew_functions(model, keep_evaluation=keep_evaluation)
 
 
+def build_optimizer(model: keras.Model) -> keras.Optimizer:
+    """Builds a model's optimizer for what is trainable now, as the first step would do."""
+    with internals.strategy_scope(model):
+        if not model.optimizer.built:
+            model.optimizer.build(model.trainable_variables)
+    return model.optimizer
+
+
 def restore_training(
     model: keras.Model, values: Sequence[Any], optimizer_values: Sequence[Any]
 ) -> None:
@@ -186,10 +194,7 @@ def restore_training(
     Raises:
         ValueError: If the optimizer has other variables.
     """
-    optimizer = model.optimizer
-    with internals.strategy_scope(model):
-        if not optimizer.built:
-            optimizer.build(model.trainable_variables)
+    optimizer = build_optimizer(model)
     known = [tuple(variable.shape) for variable in optimizer.variables]
     if known != [tuple(value.shape) for value in optimizer_values]:
         raise ValueError(

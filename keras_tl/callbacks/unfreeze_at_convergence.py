@@ -350,6 +350,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             if self.stage > state["stage"]:
                 self._staged.go_back()
                 self._begin_stage(0)
+            switching.build_optimizer(self.model)
             for number in range(self.stage + 1, state["stage"] + 1):
                 self._staged.enter(number)
                 self._begin_stage(number)

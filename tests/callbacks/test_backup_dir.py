@@ -1,0 +1,412 @@
+"""A run that is interrupted goes on as if it had not been."""
+
+import dataclasses
+import os
+import warnings
+
+import keras
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    GroupOptimizer,
+    Stage,
+    UnfreezeAtConvergence,
+)
+from keras_tl import backup as backup_module
+from tests import models
+from tests.conftest import Recorder, examples, regression_data, values_of
+
+X, Y = regression_data(24)
+EPOCHS = 6
+
+
+class Interruption(RuntimeError):
+    """Stands for the end of the process."""
+
+
+class InterruptAt(keras.callbacks.Callback):
+    """Raises at one call of a hook."""
+
+    def __init__(self, hook, at):
+        super().__init__()
+        self.seen = 0
+
+        def interrupt(*_, **__):
+            self.seen += 1
+            if self.seen == at:
+                raise Interruption
+
+        setattr(self, hook, interrupt)
+
+
+def build(optimizer=None, plain=False, **compile_arguments):
+    keras.utils.set_random_seed(0)
+    backbone = models.functional(["dense", "batchnorm", "dense"])
+    backbone = backbone if plain else FrozenBackbone(backbone)
+    head = [keras.layers.BatchNormalization(momentum=0.5), keras.layers.Dropout(0.3)]
+    model = models.functional_outer(backbone, head)
+    model.compile(optimizer or keras.optimizers.Adam(0.02), "mse", **compile_arguments)
+    return model, backbone
+
+
+def fit(model, *callbacks, epochs=EPOCHS, **arguments):
+    return model.fit(
+        X,
+        Y,
+        batch_size=8,
+        epochs=epochs,
+        shuffle=False,
+        validation_data=(X, Y),
+        callbacks=list(callbacks),
+        verbose=0,
+        **arguments,
+    ).history
+
+
+def callback(folder=None, **arguments):
+    settings = {"patience": 0, "verbose": 0}
+    if "stages" not in arguments:
+        settings["learning_rate"] = 5e-3
+    return UnfreezeAtConvergence(backup_dir=folder, **settings | arguments)
+
+
+SETTINGS = [
+    {},
+    {"head_learning_rate": 1e-2},
+    {"warmup_steps": 4},
+    {"restore_best_weights": False},
+    {"fine_tune_patience": 0},
+    {
+        "stages": [
+            Stage(1, 1e-2, epochs=1),
+            Stage("all", 5e-3, epochs=2),
+            Stage(1, 1e-3),
+        ]
+    },
+    {
+        "stages": [
+            Stage(1, 1e-2, head_learning_rate=1e-2, epochs=2),
+            Stage("all", 5e-3, head_learning_rate=5e-3),
+        ],
+        "warmup_steps": 5,
+    },
+]
+OPTIMIZERS = [
+    lambda: keras.optimizers.Adam(0.02),
+    lambda: keras.optimizers.SGD(0.05, momentum=0.9),
+    lambda: keras.optimizers.AdamW(0.02, use_ema=True, ema_momentum=0.5),
+    lambda: keras.optimizers.RMSprop(0.01, gradient_accumulation_steps=2),
+    lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.9)),
+]
+
+
+def moves(ours):
+    """The transitions without the layers, whose names count up in a process."""
+    return [dataclasses.replace(one, layers=(), frozen=()) for one in ours.transitions]
+
+
+def undisturbed(optimizer, arguments, **compile_arguments):
+    model, _ = build(optimizer, **compile_arguments)
+    ours = callback(**arguments)
+    history = fit(model, ours)
+    return values_of(model), history, moves(ours)
+
+
+def interrupted(folder, make, arguments, hooks, **compile_arguments):
+    """Starts the same fit until it ends; each time another hook ends it."""
+    for hook, at in [*hooks, ("on_train_end", 99)]:
+        model, _ = build(make(), **compile_arguments)
+        ours = callback(folder, **arguments)
+        try:
+            history = fit(model, ours, InterruptAt(hook, at))
+        except Interruption:
+            continue
+        return values_of(model), history, moves(ours)
+    raise AssertionError
+
+
+@given(
+    arguments=st.sampled_from(SETTINGS),
+    make=st.sampled_from(OPTIMIZERS),
+    hooks=st.lists(
+        st.tuples(
+            st.sampled_from(["on_epoch_begin", "on_epoch_end", "on_train_batch_end"]),
+            st.integers(1, 8),
+        ),
+        min_size=1,
+        max_size=3,
+    ),
+)
+@settings(max_examples=examples(8))
+def test_ends_as_if_it_had_not_been_interrupted(tmp_path_factory, arguments, make, hooks):
+    folder = tmp_path_factory.mktemp("backup") / "run"
+    expected = undisturbed(make(), arguments)
+    weights, history, transitions = interrupted(folder, make, arguments, hooks)
+
+    assert weights == expected[0]
+    assert transitions == expected[2]
+    for name, values in history.items():
+        np.testing.assert_array_equal(values, expected[1][name][-len(values) :])
+    assert not folder.exists()
+
+
+def test_the_property_above_interrupts_in_each_stage(tmp_path):
+    """Guards it: with such settings there is a switch, and an interruption before and after."""
+    _, history, _ = undisturbed(OPTIMIZERS[0](), SETTINGS[0])
+    assert history["stage"][0] == 0
+    assert history["stage"][-1] == 1
+    seen = []
+    for at in (2, 5):
+        model, _ = build()
+        ours = callback(tmp_path / str(at))
+        with pytest.raises(Interruption):
+            fit(model, ours, InterruptAt("on_epoch_end", at))
+        seen.append(ours.stage)
+    assert seen == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "compile_arguments",
+    [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}, {"plain": True}],
+    ids=str,
+)
+def test_in_other_ways_of_training(tmp_path, compile_arguments):
+    def one(folder, *others):
+        model, backbone = build(**compile_arguments)
+        given = backbone if compile_arguments.get("plain") else None
+        ours = callback(folder, backbone=given)
+        try:
+            fit(model, ours, *others)
+        except Interruption:
+            return None
+        return values_of(model), moves(ours)
+
+    expected = one(None)
+    assert one(tmp_path, InterruptAt("on_epoch_end", 2)) is None
+    assert one(tmp_path, InterruptAt("on_epoch_end", 2)) is None
+    assert one(tmp_path) == expected
+
+
+def test_mixed_precision_resumes_its_loss_scale(tmp_path):
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        expected = undisturbed(None, SETTINGS[1])
+        result = interrupted(
+            tmp_path, lambda: None, SETTINGS[1], [("on_epoch_end", 2), ("on_epoch_end", 3)]
+        )
+        assert result[0] == expected[0]
+    finally:
+        keras.config.set_dtype_policy("float32")
+
+
+def test_groups_of_the_user_resume(tmp_path):
+    def make():
+        return GroupOptimizer(
+            {"output": keras.optimizers.Adam(0.02), "rest": keras.optimizers.SGD(0.01)},
+            assign={"output": "output/.*"},
+        )
+
+    arguments = {"learning_rate": 1e-5}
+    expected = undisturbed(make(), arguments)
+    hooks = [("on_epoch_end", 2), ("on_epoch_end", 3)]
+    result = interrupted(tmp_path, make, arguments, hooks)
+    assert result[0] == expected[0]
+
+
+def test_goes_on_at_its_epoch_in_its_stage(tmp_path, capsys):
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 4))
+    model, backbone = build()
+    ours = callback(tmp_path, verbose=1)
+    history = fit(model, ours, FreezeGuard(verbose=0))
+    assert len(history["loss"]) == EPOCHS - 4
+    assert set(history["stage"]) == {1}
+    assert "goes on after epoch 4, in stage 1, from " in capsys.readouterr().out
+    assert backbone.trainable_weights
+
+
+def test_a_later_fit_runs_all_its_epochs(tmp_path):
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 4))
+    model, _ = build()
+    fit(model, callback(tmp_path))
+    assert len(fit(model, epochs=3)["loss"]) == 3
+
+
+def test_the_same_model_goes_on_after_an_interruption(tmp_path):
+    # In a notebook: the model lives on, in a later stage than its backup perhaps.
+    for at, hook in [(2, "on_epoch_end"), (12, "on_train_batch_end"), (5, "on_epoch_begin")]:
+        expected = undisturbed(None, {})
+        model, _ = build()
+        ours = callback(tmp_path / hook)
+        with pytest.raises(Interruption):
+            fit(model, ours, InterruptAt(hook, at))
+        fit(model, ours)
+        assert values_of(model) == expected[0]
+        assert moves(ours) == expected[2]
+
+
+def test_a_model_that_went_further_than_its_backup_goes_back(tmp_path):
+    expected = undisturbed(None, {})
+    model, _ = build()
+    switch = len([stage for stage in expected[1]["stage"] if stage == 0])
+    with pytest.raises(Interruption):
+        # In the first epoch after the switch, before there is a backup of it.
+        fit(model, callback(tmp_path), InterruptAt("on_train_batch_end", 3 * switch + 1))
+    fit(model, callback(tmp_path))
+    assert values_of(model) == expected[0]
+
+
+def test_what_had_stopped_stays_stopped(tmp_path):
+    arguments = {"fine_tune_patience": 0, "monitor": "loss", "mode": "max", "patience": 0}
+    expected = undisturbed(None, arguments)
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, InterruptAt("on_train_end", 1), callback(tmp_path, **arguments))
+    model, _ = build()
+    ours = callback(tmp_path, **arguments)
+    assert fit(model, ours) == {}
+    assert values_of(model) == expected[0]
+
+
+def test_the_backup_is_deleted_at_the_end_or_kept(tmp_path):
+    for keep in (False, True):
+        model, _ = build()
+        fit(model, callback(tmp_path / "run", delete_checkpoint=not keep), epochs=3)
+        assert (tmp_path / "run").exists() == keep
+    model, _ = build()
+    history = fit(model, callback(tmp_path / "run"), epochs=5)
+    assert len(history["loss"]) == 2
+
+
+# What cannot be used.
+
+
+def test_a_backup_of_another_model_is_refused(tmp_path):
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 2))
+    wrapper = FrozenBackbone(models.functional(["dense"]))
+    other = models.functional_outer(wrapper)
+    other.compile("adam", "mse")
+    before = values_of(other)
+    with pytest.raises(ValueError, match="it is of another model, with 1. variables and not 4"):
+        fit(other, callback(tmp_path))
+    assert values_of(other) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"monitor": "loss"}, "it is of a run with monitor='val_loss', and not 'loss'"),
+        ({"stages": [Stage(1, 1e-3), Stage("all", 1e-3)]}, "with stages=1, and not 2"),
+    ],
+)
+def test_a_backup_of_another_run_is_refused(tmp_path, arguments, words):
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 2))
+    model, _ = build()
+    with pytest.raises(ValueError, match=words):
+        fit(model, callback(tmp_path, **arguments))
+
+
+def test_a_backup_of_another_optimizer_changes_nothing(tmp_path):
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 5))
+    model, backbone = build(keras.optimizers.SGD(0.1))
+    before, optimizer = values_of(model), model.optimizer
+    with pytest.raises(ValueError, match="The backup is of another optimizer than"):
+        fit(model, callback(tmp_path))
+    assert values_of(model) == before
+    assert model.optimizer is optimizer
+    assert backbone.trainable_weights == []
+
+
+def test_a_damaged_backup_is_warned_of_and_the_one_before_is_used(tmp_path):
+    expected = undisturbed(None, {})
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 4))
+    path = tmp_path / "epoch-000004" / "state.weights.h5"
+    path.write_bytes(path.read_bytes()[:-1])
+    model, _ = build()
+    with pytest.warns(UserWarning, match="epoch-000004: state.weights.h5 is damaged"):
+        history = fit(model, callback(tmp_path))
+    assert len(history["loss"]) == EPOCHS - 3
+    assert values_of(model) == expected[0]
+
+
+def test_a_full_disk_is_warned_of_once_and_training_goes_on(tmp_path, monkeypatch):
+    expected = undisturbed(None, {})
+    write = backup_module._write_arrays
+    written = []
+
+    def full(*arguments):
+        written.append(arguments)
+        if len(written) > 2:
+            raise OSError(28, "No space left on device")
+        write(*arguments)
+
+    monkeypatch.setattr(backup_module, "_write_arrays", full)
+    model, _ = build()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        fit(model, callback(tmp_path, delete_checkpoint=False))
+    messages = [str(one.message) for one in caught if "could not back up" in str(one.message)]
+    assert len(messages) == 1
+    assert "epoch 3: [Errno 28] No space left" in messages[0]
+    assert values_of(model) == expected[0]
+    assert max(os.listdir(tmp_path)) == "epoch-000002"
+
+
+def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path):
+    (tmp_path / "file").write_text("")
+    model, _ = build()
+    before = values_of(model)
+    with pytest.raises(ValueError, match="cannot be written to"):
+        fit(model, callback(tmp_path / "file"))
+    assert values_of(model) == before
+
+
+def test_a_model_that_is_not_built_cannot_resume(tmp_path):
+    def subclassed():
+        wrapper = FrozenBackbone(models.Subclassed(["dense"]))
+        model = models.SubclassedOuter(wrapper)
+        model.compile("adam", "mse")
+        return model
+
+    with pytest.raises(Interruption):
+        fit(subclassed(), callback(tmp_path), InterruptAt("on_epoch_end", 2))
+    with pytest.raises(ValueError, match="is not built, so nothing can be restored"):
+        fit(subclassed(), callback(tmp_path))
+    model = subclassed()
+    model(X)
+    assert len(fit(model, callback(tmp_path))["loss"]) == EPOCHS - 2
+
+
+def test_warm_up_that_ends_with_training_leaves_the_full_rate():
+    model, _ = build()
+    fit(model, callback(max_frozen_epochs=1, patience=9, warmup_steps=50), epochs=3)
+    assert float(model.optimizer.learning_rate) == np.float32(5e-3)
+
+
+def test_evaluates_alike_after_resuming(tmp_path):
+    losses = Recorder(lambda model: model.evaluate(X, Y, verbose=0))
+    model, _ = build()
+    fit(model, callback(), losses)
+    again = Recorder(lambda model: model.evaluate(X, Y, verbose=0))
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path), again, InterruptAt("on_epoch_end", 3))
+    model, _ = build()
+    fit(model, callback(tmp_path), again)
+    assert again.records == losses.records
