@@ -82,8 +82,9 @@ class BestWeights:
         mode: `"min"` or `"max"`. Whether lower or higher values are better.
 
     Attributes:
-        value: Float or None. The best value of the run.
+        value: Float or None. The best value of the run, in terms of the current stage.
         epoch: Int or None. Its epoch.
+        measured: Float or None. The value as it was at that epoch.
     """
 
     def __init__(self, mode: str):
@@ -92,6 +93,7 @@ class BestWeights:
         self._run: Snapshot | None = None
         self.value: float | None = None
         self.epoch: int | None = None
+        self.measured: float | None = None
 
     def update(
         self, epoch: int, value: float, weights: Iterable[keras.Variable], *, best_of_stage: bool
@@ -104,7 +106,7 @@ class BestWeights:
         if best_of_stage:
             self._stage = snapshot
         if best_of_run:
-            self._run, self.value, self.epoch = snapshot, value, epoch
+            self._run, self.value, self.epoch, self.measured = snapshot, value, epoch, value
 
     def restore_stage(self) -> None:
         """Gives the weights their best values of the stage, if there were any."""
@@ -144,7 +146,8 @@ class BestWeights:
         for name, snapshot in kept.items():
             if snapshot is not None:
                 positions[name], arrays[f"best_of_{name}"] = snapshot.get_state(variables)
-        return {"value": self.value, "epoch": self.epoch, "same": same, **positions}, arrays
+        numbers = {"value": self.value, "epoch": self.epoch, "measured": self.measured}
+        return {**numbers, "same": same, **positions}, arrays
 
     def set_state(
         self,
@@ -154,6 +157,7 @@ class BestWeights:
     ) -> None:
         """Becomes what `get_state` returned."""
         self.value, self.epoch = state["value"], state["epoch"]
+        self.measured = state["measured"]
         kept = {
             name: Snapshot.from_state(state[name], arrays[f"best_of_{name}"], variables)
             for name in ("run", "stage")

@@ -3,7 +3,7 @@
 import warnings
 
 import keras
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, switching
@@ -28,21 +28,6 @@ VALIDATION = regression_data(16, seed=2)
     regularized=st.booleans(),
     stages=st.lists(st.sampled_from(["all", 1]), min_size=1, max_size=3),
     stage_epochs=st.integers(1, 2),
-)
-@example(  # Regularizers of weights that are frozen again stop counting.
-    kinds=["dense", "dense"],
-    outer=models.functional_outer,
-    optimizer=keras.optimizers.SGD(0.05),
-    learning_rate=1e-1,
-    monitor="val_loss",
-    patience=0,
-    fine_tune_patience=None,
-    min_delta=0.0,
-    start_from_epoch=0,
-    max_frozen_epochs=None,
-    regularized=True,
-    stages=["all", 1],
-    stage_epochs=2,
 )
 @settings(max_examples=examples(15))
 def test_final_value_is_the_best_in_the_history(

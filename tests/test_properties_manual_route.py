@@ -101,13 +101,13 @@ def in_one_fit(model, data, stages, **settings):
     kinds=["dense", "dense"],
     outer=models.functional_outer,
     seed=0,
-    optimizer=keras.optimizers.SGD(0.05, momentum=0.9),
+    optimizer=keras.optimizers.SGD(0.1, momentum=0.9),
     data=arrays,
     run_eagerly=False,
     regularized=True,
     stages=[("all", 1e-2), (1, 1e-2)],
     patience=0,
-    min_delta=0.0,
+    min_delta=0.05,
     start_from_epoch=0,
 )
 @settings(max_examples=examples(12))

@@ -15,6 +15,7 @@ from keras_tl.backbones import changeable_weights
 from keras_tl.best_weights import BestWeights
 from keras_tl.callbacks.messages import say
 from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
+from keras_tl.callbacks.neighbours import check_learning_rate, check_neighbours
 from keras_tl.callbacks.progress import Progress
 from keras_tl.callbacks.run_backup import RunBackup
 from keras_tl.callbacks.transition import Transition
@@ -212,7 +213,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._beside = internals.callbacks_beside(self)
-        self._check_beside()
+        check_neighbours(
+            self._beside,
+            self._beside.index(self),
+            monitor=self.monitor,
+            patience=self.patience,
+            backup=self.backup_dir is not None,
+            restores=self.restore_best_weights,
+        )
         self._staged = StagedModel(
             self.model,
             self.stages,
@@ -223,6 +231,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self._monitored = MonitoredValue(self.monitor, self.mode, self.model)
         self._progress = Progress()
         self._warm_up: WarmUp | None = None
+        self._rate_undone = False
         self._prepared = is_built(self.model)
         switched = self.model.optimizer is self._renewed_optimizer
         if not switched and self._staged.freeze_untouched():
@@ -261,6 +270,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         value = self._monitored.read(logs, last_epoch=last_epoch)
         logs.update(self._staged.learning_rates(self.stage))
         logs["stage"] = self.stage
+        self._check_rate(epoch)
         self._progress.stage_epochs += 1
         ended = self._why_ended(epoch, value)
         if self.stage > 0 and value is not None and not math.isfinite(value):
@@ -290,20 +300,13 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             best.restore_run()
             self._say(
                 "UnfreezeAtConvergence restored the best weights, of epoch "
-                f"{best.epoch + 1}: {self.monitor} {best.value:.4g}."
+                f"{best.epoch + 1}: {self.monitor} {best.measured:.4g}."
             )
             self._progress.best = None
         if self._backup is not None and self.delete_checkpoint:
             self._backup.delete()
 
     # Before the first step.
-
-    def _check_beside(self) -> None:
-        if sum(isinstance(one, UnfreezeAtConvergence) for one in self._beside) > 1:
-            raise ValueError(
-                "`fit` has two UnfreezeAtConvergence callbacks, which would unfreeze against each "
-                "other. Pass one; for several switches give it `stages`."
-            )
 
     def _find_stage(self) -> None:
         """Goes on in the stage that the model is in, as one loaded from it."""
@@ -374,6 +377,12 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     # At an epoch's end.
 
+    def _check_rate(self, epoch: int) -> None:
+        if self.transitions and not self._rate_undone:
+            now = learning_rate_of(self.model.optimizer)
+            after = self.transitions[-1].learning_rate_after
+            self._rate_undone = check_learning_rate(self._beside, epoch, now, after)
+
     def _limits(self) -> tuple[int | None, int | None]:
         """After how many epochs without improvement, and of all, the stage ends."""
         if self.stage == 0:
@@ -432,6 +441,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             callback for callback in before if isinstance(callback, keras.callbacks.EarlyStopping)
         ]
 
+    def _restarting(self) -> list[keras.callbacks.Callback]:
+        """The callbacks that judge each stage by itself."""
+        plateau = keras.callbacks.ReduceLROnPlateau
+        return self._early_stopping() + [one for one in self._beside if isinstance(one, plateau)]
+
     def _stop(self, epoch: int, why: str) -> None:
         self._progress.stop_reason = f"Epoch {epoch + 1}: UnfreezeAtConvergence stopped: {why}."
         self.model.stop_training = True
@@ -463,7 +477,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self._carry_best_over(before)
         if self.warmup_steps:
             self._warm_up = WarmUp(self._staged.optimizers(), self.warmup_steps)
-        for callback in self._early_stopping():
+        for callback in self._restarting():
             callback.on_train_begin()
 
     def _carry_best_over(self, before: list[keras.Variable]) -> None:

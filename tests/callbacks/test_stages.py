@@ -15,6 +15,7 @@ from keras_tl import (
     Stage,
     UnfreezeAtConvergence,
     layerwise_learning_rates,
+    switching,
 )
 from tests import models
 from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
@@ -377,6 +378,27 @@ def test_an_optimizer_for_all_stages():
     np.testing.assert_allclose(history["learning_rate"], [1e-2, 1e-2, 1e-4], rtol=1e-6)
 
 
+# The best of the run.
+
+
+def test_regularizers_count_alike_in_all_stages(capsys):
+    # They count in the loss for what trains only: a stage that freezes a layer seems better.
+    wrapper = FrozenBackbone(make_backbone())
+    kernel = wrapper.backbone.get_layer("block1_dense").kernel
+    kernel.regularizer = keras.regularizers.L2(0.5)
+    part = switching.regularization_loss([kernel])
+    model, _ = build(keras.optimizers.SGD(1e-30), wrapper)
+    values = [9.0, 8.0, 8.0 - part / 2]
+    callback = staged(
+        Stage("all", 1e-30, epochs=1),
+        Stage("block3.*", 1e-30),
+        restore_best_weights=True,
+        verbose=1,
+    )
+    fit(model, Scripted("val_loss", values), callback, epochs=3)
+    assert "restored the best weights, of epoch 2: val_loss 8." in capsys.readouterr().out
+
+
 # A model that is in a stage already.
 
 
@@ -513,11 +535,11 @@ def test_warm_up_is_for_what_is_new():
     model, _ = build()
     head, backbone = Rates("head"), Rates("backbone")
     callback = UnfreezeAtConvergence(
-        1e-3, head_learning_rate=5e-3, max_frozen_epochs=1, warmup_steps=2, verbose=0
+        1e-3, head_learning_rate=5e-3, max_frozen_epochs=1, warmup_steps=4, verbose=0
     )
     fit(model, callback, head, backbone, epochs=3)
     np.testing.assert_allclose(head.rates, [0.01] * 2 + [5e-3] * 4, rtol=1e-6)
-    np.testing.assert_allclose(backbone.rates[2:], [0, 5e-4, 1e-3, 1e-3], rtol=1e-6)
+    np.testing.assert_allclose(backbone.rates[2:], [0, 2.5e-4, 5e-4, 7.5e-4], rtol=1e-6)
 
 
 def test_warm_up_in_each_stage():
