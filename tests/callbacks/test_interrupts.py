@@ -1,0 +1,144 @@
+"""Ctrl-C, and one callback object in many places."""
+
+import pickle
+import subprocess
+import sys
+import textwrap
+import threading
+
+import keras
+import numpy as np
+import pytest
+
+from keras_tl import FreezeGuard, FrozenBackbone, Stage, UnfreezeAtConvergence
+from tests import models
+from tests.conftest import as_bytes, regression_data, values_of
+
+X, Y = regression_data()
+EPOCHS = 4
+
+
+def build():
+    keras.utils.set_random_seed(0)
+    wrapper = FrozenBackbone(models.functional(["dense", "batchnorm", "dense"]))
+    model = models.functional_outer(wrapper, [keras.layers.Dropout(0.3)])
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    return model, wrapper
+
+
+def ours(**arguments):
+    return UnfreezeAtConvergence(1e-3, **{"max_frozen_epochs": 2, "verbose": 0} | arguments)
+
+
+def fit(model, *callbacks, epochs=EPOCHS):
+    return model.fit(
+        X,
+        Y,
+        batch_size=8,
+        epochs=epochs,
+        shuffle=False,
+        validation_data=(X, Y),
+        callbacks=list(callbacks),
+        verbose=0,
+    ).history
+
+
+@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_ctrl_c_leaves_the_model_as_it_was_trained(hook, stage):
+    model, wrapper = build()
+    callback = ours()
+    left = []
+
+    def interrupt(*_, **__):
+        if callback.stage == stage and len(seen) > 2 * (2 * stage + 1):
+            left.append(as_bytes(model.weights))
+            raise KeyboardInterrupt
+        seen.append(hook)
+
+    seen = []
+    stops = keras.callbacks.Callback()
+    setattr(stops, hook, interrupt)
+    if hook == "on_epoch_begin":
+        seen = [None] * 10 if stage else [None] * 3
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callback, stops)
+    assert as_bytes(model.weights) == left[0]
+    assert bool(wrapper.trainable_weights) == bool(stage)
+
+    assert np.isfinite(model.evaluate(X, Y, verbose=0))
+    assert np.isfinite(model.predict(X, verbose=0)).all()
+    history = fit(model, ours(), FreezeGuard(verbose=0))
+    assert len(history["loss"]) == EPOCHS
+    assert history["stage"][0] == stage
+
+
+def test_one_callback_for_several_models():
+    callback = ours()
+    expected = build()[0]
+    fit(expected, ours())
+    for _ in range(2):
+        model, _ = build()
+        fit(model, callback)
+        assert values_of(model) == values_of(expected)
+        assert len(callback.transitions) == 1
+
+
+def test_fits_in_threads():
+    models_and_errors = []
+
+    def train():
+        try:
+            model = trained.pop()
+            fit(model, ours(), FreezeGuard(verbose=0))
+            models_and_errors.append(model)
+        except BaseException as error:
+            models_and_errors.append(error)
+            raise
+
+    trained = [build()[0] for _ in range(2)]
+    threads = [threading.Thread(target=train) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert all(isinstance(one, keras.Model) for one in models_and_errors)
+    for model in models_and_errors:
+        assert models.frozen_backbone_of(model).trainable_weights
+
+
+def test_a_copy_by_pickle_does_the_same():
+    arguments = {
+        "stages": [Stage(1, 1e-3, epochs=1), Stage("all", 1e-4)],
+        "warmup_steps": 2,
+        "max_frozen_epochs": 1,
+        "verbose": 0,
+    }
+    results = []
+    for copy in (lambda one: one, lambda one: pickle.loads(pickle.dumps(one))):
+        model, _ = build()
+        fit(model, copy(UnfreezeAtConvergence(**arguments)))
+        results.append(values_of(model))
+    assert results[0] == results[1]
+
+
+SCRIPT = """
+    import sys, pickle
+    import keras, keras_tl, numpy as np
+    model = keras.saving.load_model(sys.argv[1])
+    assert type(model.optimizer).__name__ == "GroupOptimizer", model.optimizer
+    names = [weight.path.split("/")[-1] for weight in model.trainable_weights]
+    assert len(names) == 6, names
+    np.save(sys.argv[2], model.predict(np.ones((3, 4)), verbose=0))
+"""
+
+
+def test_a_file_needs_nothing_but_keras_tl(tmp_path):
+    model, _ = build()
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "last.keras")
+    callback = ours(head_learning_rate=1e-3, restore_best_weights=False)
+    fit(model, callback, checkpoint)
+    paths = [str(tmp_path / "last.keras"), str(tmp_path / "predicted.npy")]
+    subprocess.run([sys.executable, "-c", textwrap.dedent(SCRIPT), *paths], check=True, timeout=120)
+    expected = model.predict(np.ones((3, 4)), verbose=0)
+    assert np.array_equal(np.load(paths[1]), expected)
