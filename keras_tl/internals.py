@@ -8,6 +8,7 @@ with the development version 3.16.0.dev2026102704, on TensorFlow 2.21.
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import random
 import threading
@@ -418,8 +419,13 @@ def held_values(weight: keras.Variable) -> list[Any]:
     return [on_host(weight)]
 
 
+@functools.cache
 def fused(function: Callable) -> Callable:
-    """Returns the function such that its steps become one pass over memory, where XLA is."""
+    """Returns the function such that its steps become one pass over memory, where XLA is.
+
+    The same for the same function: TensorFlow keeps what it has compiled as long as the process
+    lives.
+    """
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 

@@ -337,6 +337,23 @@ def test_rates_by_layer_with_and_without_a_group_for_the_head():
         assert group == ("backbone_1" if head else "backbone_2")
 
 
+def test_rates_by_layer_of_a_group_that_goes_on():
+    model, wrapper = build(keras.optimizers.SGD(0.01))
+    head = {"head_learning_rate": 5e-3}
+    rates = {"block2_dense": 1e-3, "block3_dense": 4e-3}
+    fit(
+        model,
+        staged(Stage("block[23]_dense", rates, epochs=1, **head), Stage("all", 1e-4, **head)),
+        epochs=3,
+    )
+    optimizer = model.optimizer
+    scales = [
+        optimizer.scales[optimizer._var_key(wrapper.backbone.get_layer(f"{block}_dense").kernel)]
+        for block in BLOCKS
+    ]
+    assert scales == [("backbone_2", 1.0), ("backbone_1", 0.25), ("backbone_1", 1.0)]
+
+
 def test_rates_by_layer_without_stages():
     model, wrapper = build(keras.optimizers.SGD(0.01))
     rates = layerwise_learning_rates(wrapper, 1e-2, 0.5)
