@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from keras_tl.learning_rate_finder import LearningRateRange
+from typing import Any
 
 # Told apart by those who cannot tell red from green (Okabe and Ito, 2008), and by their markers.
 _MARKS = {"valley": ("#0072B2", "o"), "steepest": ("#E69F00", "s"), "minimum": ("#009E73", "^")}
 
 
-def plot_learning_rate_range(found: LearningRateRange, ax: Any = None) -> Any:
+def plot_learning_rate_range(found: Any, ax: Any = None) -> Any:
     """Draws the loss over the learning rate, and the suggestions.
 
     Args:
-        found: What `find_learning_rate` returned.
+        found: The `LearningRateRange` that `find_learning_rate` returned.
         ax: A matplotlib `Axes` to draw on. Defaults to one of a new figure.
 
     Returns:

@@ -196,6 +196,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.delete_checkpoint = delete_checkpoint
         self.verbose = verbose
         self._progress = Progress()
+        self._warm_up: WarmUp | None = None
         self._scheduled = stages is not None
         self._renewed_optimizer: keras.Optimizer | None = None
 
@@ -230,7 +231,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         )
         self._monitored = MonitoredValue(self.monitor, self.mode, self.model)
         self._progress = Progress()
-        self._warm_up: WarmUp | None = None
+        if self._warm_up is not None:
+            # Of a fit that was interrupted.
+            self._warm_up.finish()
+            self._warm_up = None
         self._rate_undone = False
         self._prepared = is_built(self.model)
         switched = self.model.optimizer is self._renewed_optimizer
@@ -286,6 +290,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         internals.set_initial_epoch(self.model, self._initial_epoch)
         if self._warm_up is not None:
             self._warm_up.finish()
+            self._warm_up = None
         if self._progress.stop_reason is not None:
             self._say(self._progress.stop_reason)
         if self.stage == 0:

@@ -73,6 +73,21 @@ def test_ctrl_c_leaves_the_model_as_it_was_trained(hook, stage):
     assert history["stage"][0] == stage
 
 
+def test_a_warm_up_that_was_interrupted_is_over_in_the_next_fit():
+    model, _ = build()
+    callback = ours(warmup_steps=100)
+
+    def interrupt(batch, logs=None):
+        if callback.stage == 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(model, callback, keras.callbacks.LambdaCallback(on_train_batch_end=interrupt))
+    assert float(model.optimizer.learning_rate) < 1e-4
+    history = fit(model, callback, epochs=1)
+    np.testing.assert_allclose(history["learning_rate"], [1e-3], rtol=1e-6)
+
+
 def test_one_callback_for_several_models():
     callback = ours()
     expected = build()[0]
