@@ -95,6 +95,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             after it was interrupted or killed, goes on from there with the next epoch. Weights and
             random seeds of the model are restored bit for bit; data that is shuffled at random
             starts over. `BackupAndRestore` is not needed. Defaults to `None`: no backup.
+        save_freq: `"epoch"`, the only one of `BackupAndRestore`'s settings from which a run can go
+            on exactly. Defaults to `"epoch"`.
         delete_checkpoint: Bool. Whether the backup is deleted when training has ended. Defaults to
             `True`.
         verbose: 0 or 1. Whether a switch and the end are reported. Defaults to `1`.
@@ -152,6 +154,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         fine_tune_patience: int | None = None,
         restore_best_weights: bool = True,
         backup_dir: str | os.PathLike[str] | None = None,
+        save_freq: str = "epoch",
         delete_checkpoint: bool = True,
         verbose: int = 1,
     ):
@@ -181,6 +184,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             check_count("max_frozen_epochs", max_frozen_epochs, at_least=1)
         if fine_tune_patience is not None:
             check_count("fine_tune_patience", fine_tune_patience)
+        if save_freq != "epoch":
+            raise ValueError(
+                '`save_freq` must be "epoch": a run can go on only from the end of an epoch. '
+                f"Received: save_freq={save_freq!r}."
+            )
         self.backbone = backbone
         self.monitor = monitor
         self.mode = mode

@@ -1,5 +1,6 @@
 """Ctrl-C, and one callback object in many places."""
 
+import hashlib
 import pickle
 import subprocess
 import sys
@@ -122,19 +123,35 @@ def test_fits_in_threads():
         assert models.frozen_backbone_of(model).trainable_weights
 
 
-def test_a_copy_by_pickle_does_the_same():
-    arguments = {
-        "stages": [Stage(1, 1e-3, epochs=1), Stage("all", 1e-4)],
-        "warmup_steps": 2,
-        "max_frozen_epochs": 1,
-        "verbose": 0,
-    }
-    results = []
-    for copy in (lambda one: one, lambda one: pickle.loads(pickle.dumps(one))):
-        model, _ = build()
-        fit(model, copy(UnfreezeAtConvergence(**arguments)))
-        results.append(values_of(model))
-    assert results[0] == results[1]
+CHILD = """
+    import hashlib, pickle, sys
+    from tests.callbacks import test_interrupts as here
+    with open(sys.argv[1], "rb") as file:
+        callback = pickle.load(file)
+    model, _ = here.build()
+    here.fit(model, callback)
+    print(hashlib.sha256(b"".join(here.values_of(model))).hexdigest())
+"""
+
+
+def test_pickled_into_a_child_process_it_does_the_same(tmp_path):
+    callback = UnfreezeAtConvergence(
+        stages=[Stage(1, 1e-3, epochs=1), Stage("all", 1e-4)],
+        warmup_steps=2,
+        max_frozen_epochs=1,
+        verbose=0,
+    )
+    (tmp_path / "callback.pickle").write_bytes(pickle.dumps(callback))
+    output = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(CHILD), str(tmp_path / "callback.pickle")],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    ).stdout
+    model, _ = build()
+    fit(model, callback)
+    assert output.split()[-1] == hashlib.sha256(b"".join(values_of(model))).hexdigest()
 
 
 SCRIPT = """
