@@ -231,6 +231,16 @@ def test_goes_on_at_its_epoch_in_its_stage(tmp_path, capsys):
     assert backbone.trainable_weights
 
 
+def test_the_epochs_of_a_stage_go_on_being_counted(tmp_path):
+    arguments = {"patience": 9, "max_frozen_epochs": 3}
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path, **arguments), InterruptAt("on_epoch_end", 2))
+    model, _ = build()
+    history = fit(model, callback(tmp_path, **arguments))
+    assert history["stage"] == [0, 1, 1, 1]
+
+
 def test_a_later_fit_runs_all_its_epochs(tmp_path):
     model, _ = build()
     with pytest.raises(Interruption):

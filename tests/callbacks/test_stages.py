@@ -482,10 +482,12 @@ def test_a_group_that_gains_variables_starts_anew_and_the_others_go_on():
     optimizer = GroupOptimizer(
         {"output": keras.optimizers.Adam(1e-2), "rest": keras.optimizers.Adam(1e-3)},
         assign={"output": "output/.*"},
+        global_clipnorm=0.5,
     )
     model, _ = build(optimizer, wrapper)
     callback = UnfreezeAtConvergence(max_frozen_epochs=1, restore_best_weights=False, verbose=0)
     fit(model, callback, epochs=2)
+    assert model.optimizer.global_clipnorm == 0.5
     iterations = {name: int(one.iterations) for name, one in model.optimizer.groups.items()}
     assert iterations == {"output": 4, "rest": 2}
 
