@@ -1,3 +1,4 @@
+import json
 import math
 
 import keras
@@ -110,3 +111,23 @@ def test_a_new_stage_adds_its_offset_to_the_best_value():
     best.update(1, 5.4, [weight], best_of_stage=True)
 
     assert (best.epoch, best.value) == (1, 5.4)
+
+
+@pytest.mark.parametrize("min_delta_hides", [False, True])
+def test_goes_through_data(min_delta_hides):
+    layer = keras.layers.Dense(1)
+    layer.build((None, 2))
+    best = BestWeights("min")
+    layer.bias.assign([1.0])
+    best.update(0, 5.0, layer.weights, best_of_stage=True)
+    layer.bias.assign([2.0])
+    best.update(1, 4.9, layer.weights, best_of_stage=not min_delta_hides)
+    state, arrays = best.get_state(layer.weights)
+    again = BestWeights("min")
+    again.set_state(json.loads(json.dumps(state)), arrays, layer.weights)
+    assert (again.value, again.epoch, again.measured) == (4.9, 1, 4.9)
+    layer.bias.assign([9.0])
+    again.restore_stage()
+    assert float(layer.bias[0]) == (1.0 if min_delta_hides else 2.0)
+    again.restore_run()
+    assert float(layer.bias[0]) == 2.0

@@ -1,6 +1,7 @@
 """The learning-rate range test: leaves everything as found, and suggests from the curve."""
 
 import math
+import random
 
 import keras
 import numpy as np
@@ -46,6 +47,7 @@ def state_of(model):
         "test_function": id(model.test_function),
         "history": id(model.history),
         "stop_training": model.stop_training,
+        "random": (random.getstate(), np.random.get_state()[1].tobytes()),
     }
 
 
@@ -73,6 +75,7 @@ def test_leaves_the_model_as_found(fitted, layers, train_batchnorm, fault, batch
 
         def __getitem__(self, index):
             batches.append(index)
+            random.random(), np.random.random()
             if fault is not None and len(batches) > batch:
                 raise fault
             return X[8 * index : 8 * index + 8], Y[8 * index : 8 * index + 8]
@@ -173,10 +176,13 @@ def test_ends_when_the_loss_diverges():
     assert 1e-4 < found.suggestion < 10
 
 
-def test_a_stage_that_is_not_reached_yet(fitted):
-    model, wrapper = fitted
+@pytest.mark.parametrize(("unfrozen", "layers", "count"), [(False, "all", 4), (True, 1, 2)])
+def test_just_the_layers_of_a_stage_train(unfrozen, layers, count):
+    model, wrapper = build()
+    if unfrozen:
+        wrapper.unfreeze()
+    before = [weight.trainable for weight in model.weights]
     trained = []
-
     original = model.make_train_function
 
     def noted(force=False):
@@ -184,12 +190,9 @@ def test_a_stage_that_is_not_reached_yet(fitted):
         return original(force=force)
 
     model.make_train_function = noted
-    try:
-        find(model, layers="all")
-    finally:
-        del model.make_train_function
-    assert trained[0] == 4
-    assert wrapper.trainable_weights == []
+    find(model, layers=layers)
+    assert trained[0] == count
+    assert [weight.trainable for weight in model.weights] == before
 
 
 def test_loss_scale_of_mixed_precision_is_left_as_found():
