@@ -68,6 +68,18 @@ def test_without_names_a_block_ends_where_everything_goes_through_one_layer():
     ]
 
 
+def test_a_block_without_weights_to_train_goes_with_the_one_after_it():
+    layers = [
+        LAYERS.BatchNormalization(name="block1_norm"),
+        LAYERS.Dense(4, name="block2_a"),
+        LAYERS.Dense(4, name="block3_a"),
+    ]
+    assert split_into_blocks(keras.Sequential([keras.Input((4,)), *layers])) == {
+        "block1": ["block1_norm", "block2_a"],
+        "block3": ["block3_a"],
+    }
+
+
 def test_bottlenecks_of_nested_models_and_of_no_graph():
     outer = keras.Sequential([keras.Input((4,)), residual(), residual()])
     assert [len(block) for block in split_into_blocks(outer).values()] == [1, 3, 3, 1, 3, 3]

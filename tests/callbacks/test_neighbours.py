@@ -178,9 +178,17 @@ def test_early_stopping_after():
     assert history["stage"] == [0, 0, 0]
 
 
-def test_early_stopping_after_with_more_patience_is_not_warned_of():
-    model = build()
-    stopping = keras.callbacks.EarlyStopping("score", mode="min", patience=4)
+@pytest.mark.parametrize(
+    "stopping",
+    [
+        lambda: keras.callbacks.EarlyStopping("score", mode="min", patience=4),
+        lambda: keras.callbacks.EarlyStopping("stage", mode="max", patience=1, start_from_epoch=9),
+        lambda: keras.callbacks.ReduceLROnPlateau("score", mode="min", patience=1, factor=0.5),
+        lambda: keras.callbacks.ReduceLROnPlateau("loss", patience=0, min_lr=9.0),
+    ],
+)
+def test_callbacks_that_do_not_fight_are_not_warned_of(stopping):
+    model, stopping = build(), stopping()
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         assert fit(model, ours(), stopping).history["stage"] == STAGES
