@@ -2,7 +2,8 @@
 
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.convergence import ConvergenceMonitor
-from keras_tl.errors import FrozenWeightsChangedError, StaleCompileError
+from keras_tl.errors import FrozenWeightsChangedError, StaleCacheError, StaleCompileError
+from keras_tl.features import FeatureCache
 from keras_tl.layers import FrozenBackbone
 from keras_tl.learning_rate_finder import find_learning_rate
 from keras_tl.learning_rates import layerwise_learning_rates
@@ -14,11 +15,13 @@ from keras_tl.version import __version__
 
 __all__ = [
     "ConvergenceMonitor",
+    "FeatureCache",
     "FreezeGuard",
     "FrozenBackbone",
     "FrozenWeightsChangedError",
     "GroupOptimizer",
     "Stage",
+    "StaleCacheError",
     "StaleCompileError",
     "UnfreezeAtConvergence",
     "__version__",

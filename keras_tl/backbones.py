@@ -54,6 +54,13 @@ class Backbones:
         layers = [wrapper.backbone for wrapper in self.wrapped] + self.plain
         return layers[0] if len(layers) == 1 else layers
 
+    @property
+    def trainable_weights(self) -> list[keras.Variable]:
+        """List of the weights in the backbones that are trainable now."""
+        return [
+            weight for layer in [*self.wrapped, *self.plain] for weight in layer.trainable_weights
+        ]
+
     def check(self, layers: Selection, train_batchnorm: bool) -> None:
         """Raises a ValueError if these layers cannot be unfrozen, or `layers` selects nothing."""
         if self.plain and train_batchnorm:
@@ -91,10 +98,10 @@ class Backbones:
     def trains_only(self, layers: Selection, train_batchnorm: bool) -> bool:
         """Whether the selected layers of the backbones train now, and no others."""
         with freezing.trainable_flags_kept([*self.wrapped, *self.plain]):
-            now = {id(weight) for weight in self._trainable()}
+            now = {id(weight) for weight in self.trainable_weights}
             self.freeze()
             self.unfreeze(layers, train_batchnorm)
-            return now == {id(weight) for weight in self._trainable()}
+            return now == {id(weight) for weight in self.trainable_weights}
 
     def untouched(self) -> bool:
         """Whether there are plain backbones in which nothing has been frozen yet."""
@@ -129,11 +136,6 @@ class Backbones:
     def _kept(self, target: Backbone) -> list[keras.Variable]:
         """The weights that were frozen one by one, and stay so."""
         return target.hand_frozen if isinstance(target, FrozenBackbone) else self._hand_frozen
-
-    def _trainable(self) -> list[keras.Variable]:
-        return [
-            weight for layer in [*self.wrapped, *self.plain] for weight in layer.trainable_weights
-        ]
 
     def _selecting(self, layers: Selection, train_batchnorm: bool) -> list[Backbone]:
         """The backbones in which `layers` selects something: it need not in every one."""

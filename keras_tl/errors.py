@@ -1,4 +1,4 @@
-"""The errors of `FreezeGuard`, with what a debugger wants to know."""
+"""The errors that keras_tl raises, with what a debugger wants to know."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from keras_tl.messages import some
 from keras_tl.tables import format_table
 
 _ROWS_SHOWN = 20
-_PATHS_SHOWN = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,15 +166,29 @@ def describe_stale_compile(
     """Returns the message of a `StaleCompileError` that is raised before a step is lost."""
     parts = []
     if still_training:
-        parts.append(f"frozen now, but made to be trained: {_some(still_training)}")
+        parts.append(f"frozen now, but made to be trained: {some(still_training)}")
     if not_training:
-        parts.append(f"trainable now, but unknown to the optimizer: {_some(not_training)}")
+        parts.append(f"trainable now, but unknown to the optimizer: {some(not_training)}")
     return (
         "FreezeGuard: stale compile. The optimizer was made for other weights than are trainable "
         f"now ({'; '.join(parts)}). {remedy}"
     )
 
 
-def _some(paths: Sequence[str]) -> str:
-    more = len(paths) - _PATHS_SHOWN
-    return ", ".join(paths[:_PATHS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+class StaleCacheError(ValueError):
+    """Recorded features are not of this backbone or of this data.
+
+    Example:
+
+    >>> import numpy as np, tempfile
+    >>> from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
+    >>> pretrained = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model = keras.Sequential([FrozenBackbone(pretrained), keras.layers.Dense(1)])
+    >>> x, folder = np.ones((32, 8)), tempfile.mkdtemp()
+    >>> features = FeatureCache(model, cache_dir=folder)(x, verbose=0)
+    >>> try:
+    ...     features = FeatureCache(model, cache_dir=folder)(2 * x, verbose=0)
+    ... except StaleCacheError as error:
+    ...     print(str(error).split("Changed: ")[1][:10])
+    the inputs
+    """

@@ -12,14 +12,16 @@ import functools
 import inspect
 import random
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+from keras.src.ops.function import Function
 from keras.src.optimizers import base_optimizer
+from keras.src.trainers import data_adapters
 
 # Layers: structure, flags, and the context of a call.
 
@@ -101,6 +103,72 @@ def bottlenecks(layer: keras.Layer) -> list[keras.Layer] | None:
         for depth, nodes in depths.items()
         if len(nodes) == 1 and depth not in spanned
     ]
+
+
+def seed_states(layer: keras.Layer) -> list[keras.Variable]:
+    """Returns the states of the random generators that the layer itself holds."""
+    return [generator.state for generator in layer._seed_generators]
+
+
+def graph_outputs(model: keras.Model) -> Any | None:
+    """Returns the symbolic outputs of a Functional or built Sequential, as they are nested.
+
+    None if the model is neither, and so has no graph.
+    """
+    graph = getattr(model, "_functional", model)
+    return getattr(graph, "_outputs_struct", None)
+
+
+def graph_inputs(model: keras.Model) -> Any:
+    """Returns the symbolic inputs of a Functional or built Sequential, as they are nested."""
+    return getattr(model, "_functional", model)._inputs_struct
+
+
+def cut_after(model: keras.Model, operations: Sequence[Any]) -> list[Any]:
+    """Returns the symbolic tensors that go from the one side of a graph to the other.
+
+    The one side is the given operations and all that leads to them. Inputs of the model that the
+    other side uses are among the tensors.
+
+    Args:
+        model: A Functional or built Sequential model.
+        operations: Operations of its graph.
+    """
+    graph = getattr(model, "_functional", model)
+    nodes = [
+        node for depth in sorted(graph._nodes_by_depth) for node in graph._nodes_by_depth[depth]
+    ]
+    given = {id(operation) for operation in operations}
+    before: set[int] = set()
+    for node in nodes:
+        if id(node.operation) in given or id(node) in before:
+            before.add(id(node))
+            before.update(id(parent) for parent in node.parent_nodes)
+    produced = {
+        id(x) for node in nodes if id(node) in before or node.is_input for x in node.outputs
+    }
+    used = [x for node in reversed(nodes) if id(node) not in before for x in node.input_tensors]
+    return list({id(x): x for x in [*used, *model.outputs] if id(x) in produced}.values())
+
+
+def called_again(tensors: Sequence[Any], replacements: Sequence[Any], outputs: Any) -> Any:
+    """Returns the outputs of the part of a graph after some tensors, called on others.
+
+    The layers are the same; the calls are new. `keras.Model(tensors, outputs)` does so too, but
+    gives no hand in the new inputs' names and masks.
+    """
+    part = Function(inputs=list(tensors), outputs=outputs)
+    return part._run_through_graph(list(replacements), operation_fn=lambda operation: operation)
+
+
+def operation_of(x: Any) -> Any:
+    """Returns the operation that a symbolic tensor is an output of."""
+    return x._keras_history.operation
+
+
+def mask_of(x: Any) -> Any | None:
+    """Returns the mask that a tensor carries, or None."""
+    return get_keras_mask(x)
 
 
 @contextlib.contextmanager
@@ -220,6 +288,15 @@ def renew_functions(model: keras.Model, *, keep_evaluation: bool) -> None:
     flags = {layer: layer.trainable for layer in model._flatten_layers()}
     model._compiled_trainable_state.update(flags)
     model.make_train_function(force=True)
+
+
+def compile_arguments(model: keras.Model) -> dict[str, Any]:
+    """Returns what the model was compiled with, the objects themselves.
+
+    `get_compile_config` returns them serialized, which custom losses do not survive.
+    """
+    arguments = dict(model._compile_config.config)
+    return {**arguments, "optimizer": model.optimizer}
 
 
 def optimizer_weights(optimizer: Any) -> list[Any] | None:
@@ -495,6 +572,85 @@ def _backend_random_state() -> Callable[[], None]:
         state = torch.random.get_rng_state()
         return lambda: torch.random.set_rng_state(state)
     return lambda: None
+
+
+# Data: what `fit` takes, as batches.
+
+
+def batches_of(
+    x: Any, y: Any, sample_weight: Any, batch_size: int | None, steps: int | None
+) -> tuple[Any, int | None]:
+    """Returns a `tf.data.Dataset` of the batches that `fit` would see, and how many there are.
+
+    Args:
+        x: Whatever `fit` takes.
+        y: Targets, if they are not in `x`.
+        sample_weight: Weights, if they are not in `x`.
+        batch_size: Int or None. For arrays; None is Keras' default.
+        steps: Int or None. How many batches are used, of data that has no end.
+
+    Returns:
+        The data set and the number of its batches, None if that is not known.
+    """
+    adapter = data_adapters.get_data_adapter(x, y, sample_weight, batch_size, steps)
+    dataset, count = _dataset_of(adapter), adapter.num_batches
+    if steps is None:
+        return dataset, count
+    return dataset.take(steps), steps if count is None else min(steps, count)
+
+
+def _dataset_of(adapter: Any) -> Any:
+    """Returns the batches of a data adapter as a `tf.data.Dataset`.
+
+    Of arrays one batch after the other: `get_tf_dataset` would copy all into memory first, even of
+    a `numpy.memmap`.
+    """
+    is_arrays = isinstance(adapter, data_adapters.ArrayDataAdapter)
+    first = next(iter(adapter.get_numpy_iterator()), None) if is_arrays else None
+    if first is None:
+        return adapter.get_tf_dataset()
+    import tensorflow as tf
+
+    spec = keras.tree.map_structure(
+        lambda array: tf.TensorSpec((None, *array.shape[1:]), array.dtype), first
+    )
+    return tf.data.Dataset.from_generator(
+        adapter.get_numpy_iterator, output_signature=spec
+    ).prefetch(1)
+
+
+def predictions(model: keras.Model, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yields each batch of tensors, as `fit` takes it, and what the model returns for its inputs.
+
+    As `predict` does it, which would hold the outputs of all batches. The outputs are NumPy arrays.
+    """
+    on_tensorflow = keras.backend.backend() == "tensorflow"
+    for batch in batches:
+        x = keras.utils.unpack_x_y_sample_weight(batch)[0]
+        if not on_tensorflow:
+            x = keras.tree.map_structure(lambda tensor: tensor.numpy(), x)
+        yield batch, _predict(model, x)
+
+
+def _predict(model: keras.Model, x: Any) -> Any:
+    strategy = model.distribute_strategy if keras.backend.backend() == "tensorflow" else None
+    if strategy is None or strategy.num_replicas_in_sync == 1:
+        return model.predict_on_batch(x)
+    count = strategy.num_replicas_in_sync
+
+    def piece(context: Any) -> Any:
+        def of(tensor: Any) -> Any:
+            bounds = np.linspace(0, tensor.shape[0], count + 1).astype(int)
+            replica = context.replica_id_in_sync_group
+            return tensor[bounds[replica] : bounds[replica + 1]]
+
+        return keras.tree.map_structure(of, x)
+
+    # `predict_on_batch` would have each replica compute the whole batch.
+    pieces = strategy.experimental_distribute_values_from_function(piece)
+    model.make_predict_function()
+    outputs = model.predict_function([(pieces,)])
+    return keras.tree.map_structure(np.array, outputs)
 
 
 # Callbacks: what is beside ours in the list given to `fit`.

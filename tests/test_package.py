@@ -24,13 +24,18 @@ def test_version_is_written_once():
     assert written == ["version.py"]
 
 
+def sources_with(pattern):
+    return {path for path in SOURCES if re.search(pattern, path.read_text(), flags=re.MULTILINE)}
+
+
 def test_only_internals_names_a_backend_or_imports_from_inside_keras():
-    inside = re.compile(
-        r"keras\.src|^\s*(?:import|from) (?:tensorflow|jax|torch)\b|backend\.backend\(\)",
-        re.MULTILINE,
-    )
-    touching = {path.name for path in SOURCES if inside.search(path.read_text())}
-    assert touching == {"internals.py"}
+    inside = r"keras\.src|^\s*(?:import|from) (?:jax|torch)\b|backend\.backend\(\)"
+    assert {path.name for path in sources_with(inside)} == {"internals.py"}
+
+
+def test_only_internals_and_features_which_are_tf_data_import_tensorflow():
+    touching = sources_with(r"^\s*(?:import|from) tensorflow\b")
+    assert {path.name for path in touching if path.parent.name != "features"} == {"internals.py"}
 
 
 def test_public_docstrings_have_an_example():

@@ -11,7 +11,6 @@ from typing import Any
 import keras
 
 from keras_tl import backbones, diagnosis
-from keras_tl.callbacks.messages import say
 from keras_tl.diagnosis import STALE_COMPILE, Cause
 from keras_tl.errors import (
     FrozenWeightsChangedError,
@@ -22,6 +21,7 @@ from keras_tl.errors import (
     describe_stale_compile,
 )
 from keras_tl.freezing import count_params
+from keras_tl.messages import say
 from keras_tl.selecting import Selection, is_built, select_layers
 from keras_tl.watch import Change, WeightWatch
 

@@ -13,7 +13,6 @@ import keras
 from keras_tl import freezing, internals, switching
 from keras_tl.backbones import changeable_weights
 from keras_tl.best_weights import BestWeights
-from keras_tl.callbacks.messages import say
 from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
 from keras_tl.callbacks.neighbours import check_learning_rate, check_neighbours
 from keras_tl.callbacks.progress import Progress
@@ -21,6 +20,7 @@ from keras_tl.callbacks.run_backup import RunBackup
 from keras_tl.callbacks.transition import Transition
 from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
 from keras_tl.learning_rates import LearningRate
+from keras_tl.messages import say
 from keras_tl.selecting import Backbone, Selection, is_built
 from keras_tl.stages import DEFAULT_RATE, Stage, check_stages
 from keras_tl.staging import StagedModel, without

@@ -1,12 +1,14 @@
-"""Saying what a callback does, as Keras says things."""
+"""Saying what is done, as Keras says things."""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import keras
 
 _logger = logging.getLogger("keras_tl")
+_NAMES_SHOWN = 3
 
 
 def say(message: str) -> None:
@@ -15,3 +17,9 @@ def say(message: str) -> None:
         print(message, flush=True)
     else:
         _logger.info(message)
+
+
+def some(names: Sequence[str]) -> str:
+    """Returns the first few names, and how many more there are."""
+    more = len(names) - _NAMES_SHOWN
+    return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

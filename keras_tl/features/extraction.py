@@ -1,0 +1,242 @@
+"""Running the backbone over the data, one shard after the other, where a shard is not there yet."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent import futures
+from typing import Any, Self
+
+import keras
+import numpy as np
+
+from keras_tl import internals
+from keras_tl.features.records import Records
+from keras_tl.features.source import Samples, Source
+from keras_tl.features.splitting import SplitModel, UncacheableError
+from keras_tl.features.store import DiskStore, MemoryStore, Shard, ShardName
+from keras_tl.messages import say, some
+
+# A shard is what an interruption loses at most, and what is held in memory while it is written.
+SHARD_BYTES = 32 << 20
+SHARD_BATCHES = 32
+
+
+class Extraction:
+    """Extracts one part of the data.
+
+    Args:
+        split: The `SplitModel`.
+        source: The `Source`.
+        part: Int. Which part.
+        parts: Int. Of how many.
+        views: Int. How many passes over the data are recorded.
+        random: Bool. Whether layers before the split may be random.
+        training: Bool. Whether layers are called as in `fit`, or as in `evaluate`.
+        store: A `MemoryStore` or `DiskStore`.
+        dtype: String or None. The dtype that features are kept in, if not their own.
+        verbose: Bool. Whether there is a progress bar.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        source: Source,
+        *,
+        part: int,
+        parts: int,
+        views: int,
+        random: bool,
+        store: MemoryStore | DiskStore,
+        dtype: str | None,
+        training: bool,
+        verbose: bool,
+    ):
+        self._split = split
+        self._source = source
+        self._part, self._parts, self._views = part, parts, views
+        self._store = store
+        self._dtype = dtype
+        self._verbose = verbose
+        self._extractor = split.extractor(training)
+        self._check = None if random else _Constant(split.layers)
+
+    def run(self) -> list[list[Shard]]:
+        """Records what is not there yet.
+
+        Returns:
+            For each pass, the list of its shards.
+
+        Raises:
+            StaleCacheError: If shards that are there are of other data.
+            UncacheableError: If layers before the split change, or data has no fixed size.
+            OSError: If a shard cannot be written.
+        """
+        with _Progress(self._target(), self._verbose) as progress:
+            passes = [self._pass(view, progress) for view in range(self._views)]
+        self._store.finish(self._part, self._parts, [len(shards) for shards in passes])
+        return passes
+
+    def _target(self) -> int | None:
+        batches = self._source.batches
+        if batches is None:
+            return None
+        return self._views * len(range(self._part, batches, self._parts))
+
+    def _pass(self, view: int, progress: _Progress) -> list[Shard]:
+        shards: list[futures.Future[Shard]] = []
+        batches = iter(self._source.part(self._part, self._parts))
+        with futures.ThreadPoolExecutor(1, "keras_tl_features") as writer:
+            while (batch := next(batches, None)) is not None:
+                group = itertools.chain([batch], batches)
+                name = ShardName(self._part, self._parts, view, len(shards))
+                there, damage = self._store.find(name)
+                if damage is not None:
+                    say(f"{damage}: extracting it again.")
+                if there is None:
+                    samples, packed = self._extract(group, progress)
+                    # One shard is written while the next is computed, and no more are held.
+                    if shards:
+                        shards[-1].result()
+                    shards.append(writer.submit(self._store.write, name, samples, packed))
+                else:
+                    self._skip(group, there.samples, progress)
+                    shards.append(futures.Future())
+                    shards[-1].set_result(there)
+        left_over = ShardName(self._part, self._parts, view, len(shards))
+        if isinstance(self._store, DiskStore) and self._store.has(left_over):
+            raise self._store.stale("the number of samples (now fewer)")
+        return [shard.result() for shard in shards]
+
+    def _skip(self, group: Iterator[Any], recorded: Samples, progress: _Progress) -> None:
+        """Reads the batches of a shard that is there, and checks that it was made of them."""
+        found = Samples()
+        for batch in itertools.islice(group, len(recorded.batches)):
+            found.add(Samples.of(batch))
+            progress.add(found.batches[-1])
+        if found != recorded and isinstance(self._store, DiskStore):
+            regrouped = found.batches != recorded.batches and "the batch size"
+            order = "the order of the samples, on which a resumed extraction depends"
+            raise self._store.stale(recorded.difference(found) or regrouped or order)
+
+    def _extract(
+        self, group: Iterator[Any], progress: _Progress
+    ) -> tuple[Samples, list[np.ndarray]]:
+        samples, packed = Samples(), []
+        for batch, features in internals.predictions(self._extractor, group):
+            if self._check is not None:
+                self._check.raise_if_changed()
+                self._check = None  # One batch tells, and it costs as much as small batches do.
+            arrays = self._arrays(batch, features)
+            records = self._store.records or self._store.create(*self._layout(arrays))
+            packed.append(records.pack(arrays))
+            samples.add(Samples.of(batch))
+            progress.add(samples.batches[-1])
+            if len(packed) == self._store.batches_per_shard:
+                break
+        return samples, packed
+
+    def _arrays(self, batch: Any, features: dict[str, Any]) -> list[np.ndarray]:
+        _, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        rest = [x.numpy() for x in keras.tree.flatten((y, weight)) if x is not None]
+        arrays = [np.asarray(features[name]) for name in self._split.names]
+        for array in arrays + rest:
+            if array.dtype.kind in "OSU":
+                raise UncacheableError(
+                    "Strings cannot be recorded: only tensors of numbers have a fixed size. "
+                    "Encode targets and inputs that bypass the backbone as numbers first."
+                )
+        return arrays + rest
+
+    def _layout(self, arrays: Sequence[np.ndarray]) -> tuple[Records, int]:
+        kept = [
+            self._dtype if _is_floating(array) and name not in self._split.bypassing else None
+            for name, array in zip(self._split.names, arrays)
+        ]
+        records = Records.like(arrays, [*kept, *[None] * (len(arrays) - len(kept))])
+        batch_bytes = max(1, len(arrays[0]) * records.dtype.itemsize)
+        return records, max(1, min(SHARD_BATCHES, math.ceil(SHARD_BYTES / batch_bytes)))
+
+
+class _Constant:
+    """Raises an error if layers change their own state when they are called.
+
+    Args:
+        layers: The layers.
+    """
+
+    def __init__(self, layers: Sequence[keras.Layer]):
+        self._random = _values(layers, internals.seed_states)
+        self._other = _values(layers, internals.own_state)
+
+    def raise_if_changed(self) -> None:
+        """Raises an UncacheableError if a layer has changed, after putting it back."""
+        random = _changed(self._random)
+        if random:
+            raise UncacheableError(
+                f"The layers {some(random)} come before the backbone's outputs and are "
+                "random: recorded once, every epoch would see the same. Pass `views=k` to record k "
+                "random passes, of which each epoch draws; or move them out of the model, or train "
+                "through the backbone. Dropout in a backbone is off in a FrozenBackbone."
+            )
+        other = _changed(self._other)
+        if other:
+            raise UncacheableError(
+                f"The layers {some(other)} come before the backbone's outputs and change "
+                "their own state in training, so what is recorded would not stay right. Freeze "
+                "them and compile the model again, or train through the backbone."
+            )
+
+
+def _values(
+    layers: Sequence[keras.Layer], variables_of: Callable[[keras.Layer], list[keras.Variable]]
+) -> list[tuple[str, keras.Variable, bytes]]:
+    return [
+        (layer.name, variable, internals.on_host(variable).tobytes())
+        for layer in layers
+        for variable in variables_of(layer)
+    ]
+
+
+def _changed(before: Sequence[tuple[str, keras.Variable, bytes]]) -> list[str]:
+    """Returns the names of layers that have changed, and gives them their values back."""
+    names: dict[str, None] = {}
+    for name, variable, value in before:
+        now = internals.on_host(variable)
+        if now.tobytes() != value:
+            variable.assign(np.frombuffer(value, now.dtype).reshape(now.shape))
+            names[name] = None
+    return list(names)
+
+
+class _Progress:
+    """A progress bar with batches, samples per second and the time left."""
+
+    def __init__(self, target: int | None, verbose: bool):
+        self._bar = keras.utils.Progbar(target, unit_name="batch") if verbose else None
+        self._batches = self._samples = 0
+        self._begin = time.monotonic()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def add(self, samples: int) -> None:
+        """Counts a batch."""
+        self._batches += 1
+        self._samples += samples
+        if self._bar is not None:
+            self._bar.update(self._batches, [("samples_per_second", self._rate())], finalize=False)
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None and self._batches:
+            rate = [("samples_per_second", self._rate())]
+            self._bar.update(self._batches, rate, finalize=True)
+
+    def _rate(self) -> float:
+        return self._samples / max(time.monotonic() - self._begin, 1e-9)
+
+
+def _is_floating(array: np.ndarray) -> bool:
+    return array.dtype.kind == "f" or array.dtype.name == "bfloat16"

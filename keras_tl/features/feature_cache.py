@@ -1,0 +1,248 @@
+"""Recording what a frozen backbone returns, to train the head on it."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import re
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from keras_tl.convergence import check_count
+from keras_tl.features.identity import identity_of
+from keras_tl.features.parts import Parts
+from keras_tl.features.reading import dataset_of, positions_of_batches
+from keras_tl.features.records import Field, Records
+from keras_tl.features.source import Source
+from keras_tl.features.splitting import SplitModel
+from keras_tl.features.store import DiskStore, MemoryStore, Reader
+from keras_tl.selecting import Backbone
+
+_DTYPES = (None, "float32", "float16", "bfloat16")
+
+
+class FeatureCache:
+    """Runs the frozen backbone of a model once over data, to train the head on what it returned.
+
+    While the backbone is frozen and nothing before it is random, what it returns for a sample is
+    the same in every epoch. Training on a record of it is the same training, without the backbone:
+    bit for bit in float32 with batches of the same size; matrix products of other sizes may be
+    rounded in another way.
+
+    The head shares its layers with the model: training `head` trains `model`.
+
+    Calling the cache on data records features, in memory or under `cache_dir`. On disk they outlive
+    the process, and an extraction that was interrupted goes on after the last whole shard. Features
+    of another backbone or of other data are never used: that is an error which says what has
+    changed. Damaged shards are found by their checksums and recorded again.
+
+    Args:
+        model: A Functional or built Sequential model with a frozen backbone, compiled or not.
+        backbone: The layer, model or list of layers to record the outputs of. Defaults to every
+            `FrozenBackbone` in the model.
+        cache_dir: String or path. The folder to keep features in. Defaults to `None`: in memory.
+
+    Attributes:
+        head: The model from the backbone's outputs, and inputs that bypass it, to the outputs of
+            `model`. It is compiled as `model` is, with the same optimizer.
+
+    Raises:
+        ValueError: If the model cannot be split, has no such backbone, or weights up to the
+            backbone's outputs train.
+
+    Example:
+
+    >>> import numpy as np
+    >>> from keras_tl import FeatureCache, FrozenBackbone
+    >>> pretrained = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> model = keras.Sequential([FrozenBackbone(pretrained), keras.layers.Dense(1)])
+    >>> model.compile("adam", "mse")
+    >>> cache = FeatureCache(model)
+    >>> features = cache(np.ones((64, 8)), np.ones((64, 1)), verbose=0)
+    >>> history = cache.head.fit(features, epochs=3, verbose=0)
+    >>> features.element_spec[0].shape
+    TensorShape([None, 4])
+
+    References:
+
+    - [Transfer learning and fine-tuning](https://keras.io/guides/transfer_learning/)
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        *,
+        backbone: Backbone | None = None,
+        cache_dir: str | os.PathLike[str] | None = None,
+    ):
+        self._split = SplitModel(model, backbone)
+        self._folder = None if cache_dir is None else pathlib.Path(cache_dir)
+        self._names = _Names()
+        self.head = self._split.head
+
+    def __call__(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        batch_size: int | None = None,
+        steps: int | None = None,
+        shuffle: bool = True,
+        seed: int | None = None,
+        dtype: str | None = None,
+        views: int | None = None,
+        training: bool = True,
+        shard: tuple[int, int] | None = None,
+        name: str | None = None,
+        refresh: bool = False,
+        check_data: bool = True,
+        verbose: int = 1,
+    ) -> tf.data.Dataset:
+        """Returns the features of data, recorded now or before.
+
+        Args:
+            x: Inputs, as `fit` takes them: arrays, a `tf.data.Dataset`, a `keras.utils.PyDataset`
+                or a generator; the last three with targets and sample weights.
+            y: Targets, if `x` is arrays.
+            sample_weight: Sample weights, if `x` is arrays.
+            batch_size: Int. Samples in a batch: of arrays when they are extracted (32 if None), and
+                of what is returned (that of the data if None).
+            steps: Int. How many batches are recorded, of data without an end.
+            shuffle: Bool. Whether each epoch is in a random order; otherwise in that of the data.
+                Defaults to `True`.
+            seed: Int. For the random orders.
+            dtype: `"float16"` or `"bfloat16"`. The dtype to keep features in, at half the size;
+                they are read in their own. Defaults to `None`: their own.
+            views: Int k. Records k passes over data that goes through random layers, of which each
+                epoch draws one for every sample. Defaults to `None`: random layers are an error.
+            training: Bool. Whether layers are called as in `fit`, or as in `evaluate`: pass `False`
+                for validation data if there are random layers. Defaults to `True`.
+            shard: Tuple `(index, count)`. Extracts every `count`-th batch from that index on.
+                Parts can be extracted by separate processes; a call without `shard` joins them.
+            name: String. The folder in `cache_dir` for these features. Defaults to `None`: "0" for
+                the first data that this cache is called on, "1" for other data and so on.
+            refresh: Bool. Whether features that are there are removed and recorded again.
+            check_data: Bool. Whether the data is read (without the backbone) and compared with what
+                was recorded before; and data that is not arrays is read again after it was
+                recorded, to see that it is the same each time. Otherwise only shapes and dtypes are
+                compared.
+            verbose: 0 or 1. Whether there is a progress bar.
+
+        Returns:
+            A `tf.data.Dataset` of batches of `(features, targets[, weights])`, as the data has
+            them. Features are one tensor, or a dictionary from names as `head` takes it.
+
+        Raises:
+            StaleCacheError: If features were recorded with another backbone or other data.
+            ValueError: For an argument out of range; if layers before the backbone's outputs are
+                random or change; if the data is another each time that it is read; if samples
+                differ in shape; or if a part is missing.
+            OSError: If a shard cannot be written. Those finished before are kept.
+        """
+        self._check(dtype, views, shard, name)
+        self._split.check_constant()
+        source = Source(x, y, sample_weight, batch_size=batch_size, steps=steps)
+        passes = views or 1
+        if passes > 1 and not source.repeatable:
+            raise ValueError(
+                f"`views={views}` needs data that can be read more than once. Received a generator."
+            )
+        identity = identity_of(self._split, source, dtype=dtype, views=passes, training=training)
+        store = self._store(identity, name or self._names.of(x), refresh)
+        parts = Parts(
+            self._split,
+            source,
+            store,
+            views=passes,
+            random=views is not None,
+            training=training,
+            dtype=dtype,
+            verbose=bool(verbose),
+        ).get(shard, check_data=check_data)
+        records = store.records or _records_of_nothing(self._split, source)
+        by_pass = [[shard for part in parts for shard in part[view]] for view in range(passes)]
+        reader = Reader(records, [shard for shards in by_pass for shard in shards])
+        return dataset_of(
+            reader,
+            lambda flat: self._packed(flat, source.spec),
+            batches=positions_of_batches([part[0] for part in parts]),
+            views=passes,
+            batch_size=batch_size,
+            shuffle=shuffle,
+            seed=seed,
+        )
+
+    def _check(self, dtype: Any, views: Any, shard: Any, name: Any) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"`dtype` must be one of {_DTYPES}. Received: dtype={dtype!r}.")
+        if views is not None:
+            check_count("views", views, at_least=1)
+        if name is not None and not re.fullmatch(r"\w[\w.-]*", str(name)):
+            raise ValueError(
+                "`name` is that of a folder: letters, digits, '_', '-' and '.'. "
+                f"Received: name={name!r}."
+            )
+        if shard is None:
+            return
+        valid = isinstance(shard, Sequence) and len(shard) == 2
+        if not valid or not all(isinstance(one, int) for one in shard):
+            raise ValueError(f"`shard` must be a tuple `(index, count)`. Received: {shard!r}.")
+        if not 0 <= shard[0] < shard[1]:
+            raise ValueError(
+                f"The index in `shard` must be from 0 to count - 1. Received: shard={shard!r}."
+            )
+
+    def _store(
+        self,
+        identity: dict[str, Any],
+        name: str,
+        refresh: bool,
+    ) -> MemoryStore | DiskStore:
+        if self._folder is None:
+            return MemoryStore()
+        store = DiskStore(self._folder / name, identity)
+        if refresh:
+            store.delete()
+        store.open()
+        return store
+
+    def _packed(self, flat: Sequence[Any], spec: Any) -> Any:
+        names = self._split.names
+        features: Any = dict(zip(names, flat))
+        if len(names) == 1:
+            features = flat[0]
+        if not isinstance(spec, tuple):
+            return features
+        _, y, weight = keras.utils.unpack_x_y_sample_weight(spec)
+        rest = [one for one in (y, weight) if one is not None]
+        return (features, *keras.tree.pack_sequence_as(rest, list(flat[len(names) :])))
+
+
+class _Names:
+    """Names for the data that a cache is called on: the same data has the same name again."""
+
+    def __init__(self) -> None:
+        self._seen: list[weakref.ref[Any]] = []
+
+    def of(self, x: Any) -> str:
+        """Returns the number of the data in the order of calls."""
+        first = next(iter(keras.tree.flatten(x)), x)
+        for number, seen in enumerate(self._seen):
+            if seen() is first:
+                return str(number)
+        self._seen.append(weakref.ref(first))
+        return str(len(self._seen) - 1)
+
+
+def _records_of_nothing(split: SplitModel, source: Source) -> Records:
+    """The records of data without any sample, of which no batch has told the layout."""
+    _, y, weight = keras.utils.unpack_x_y_sample_weight(source.spec)
+    rest = [one for one in keras.tree.flatten((y, weight)) if one is not None]
+    specs = [(x.shape, x.dtype) for x in split.features.values()]
+    specs += [(tuple(one.shape), one.dtype.name) for one in rest]
+    return Records([Field(tuple(n or 0 for n in shape[1:]), d, d) for shape, d in specs])

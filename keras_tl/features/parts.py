@@ -1,0 +1,147 @@
+"""The parts of recorded data: what is there already is used, the rest is extracted."""
+
+from __future__ import annotations
+
+from keras_tl.features.extraction import Extraction
+from keras_tl.features.source import Samples, Source
+from keras_tl.features.splitting import SplitModel, UncacheableError
+from keras_tl.features.store import DiskStore, MemoryStore, Shard, ShardName
+
+
+class Parts:
+    """Gets the shards of parts of the data.
+
+    Args:
+        split: The `SplitModel`.
+        source: The `Source`.
+        store: A `MemoryStore` or an opened `DiskStore`.
+        views: Int. How many passes over the data are recorded.
+        random: Bool. Whether each pass may be different.
+        training: Bool. Whether layers are called as in `fit`, or as in `evaluate`.
+        dtype: String or None. The dtype that features are kept in, if not their own.
+        verbose: Bool. Whether there is a progress bar.
+    """
+
+    def __init__(
+        self,
+        split: SplitModel,
+        source: Source,
+        store: MemoryStore | DiskStore,
+        *,
+        views: int,
+        random: bool,
+        training: bool,
+        dtype: str | None,
+        verbose: bool,
+    ):
+        self._split, self._source, self._store = split, source, store
+        self._views, self._random, self._training = views, random, training
+        self._dtype, self._verbose = dtype, verbose
+
+    def get(self, shard: tuple[int, int] | None, *, check_data: bool) -> list[list[list[Shard]]]:
+        """Returns for each part, for each pass, its shards.
+
+        Args:
+            shard: The index of a part and the number of parts; None for all.
+            check_data: Bool. Whether the data is compared with what was recorded of it.
+
+        Raises:
+            StaleCacheError: If what is there was recorded of other data.
+            UncacheableError: If the data is not the same each time.
+            ValueError: If a part is missing.
+        """
+        count = self._count_to_join() if shard is None else shard[1]
+        wanted = [*range(count)] if shard is None else [shard[0]]
+        there = {part: self._recorded(part, count) for part in wanted}
+        parts = [there[part] or self._extract(part, count) for part in wanted]
+        if check_data and self._source.repeatable:
+            now = (0, 1) if shard is None else shard
+            if any(there.values()):
+                self._check_unchanged(parts, now)
+            elif not (self._random or self._source.fixed):
+                self._check_repeats(parts, now)
+        return parts
+
+    def _count_to_join(self) -> int:
+        if isinstance(self._store, MemoryStore):
+            return 1
+        counts = self._store.part_counts()
+        if not counts or 1 in counts:
+            return 1
+        count = counts[-1]
+        missing = [p for p in range(count) if self._store.finished(p, count) is None]
+        if missing:
+            raise ValueError(
+                f"The features in {str(self._store.folder)!r} are in {count} parts, of which "
+                f"{', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} missing or "
+                f"not finished. Call the cache with `shard=({missing[0]}, {count})` first, or pass "
+                "`refresh=True`."
+            )
+        return count
+
+    def _recorded(self, part: int, parts: int) -> list[list[Shard]] | None:
+        """The shards of a part, if it is finished and none is damaged."""
+        if isinstance(self._store, MemoryStore):
+            return None
+        counts = self._store.finished(part, parts)
+        if counts is None or len(counts) != self._views:
+            return None
+        passes = []
+        for view, count in enumerate(counts):
+            found = [self._store.find(ShardName(part, parts, view, i))[0] for i in range(count)]
+            if any(shard is None for shard in found):
+                return None
+            passes.append([shard for shard in found if shard is not None])
+        return passes
+
+    def _extract(self, part: int, parts: int) -> list[list[Shard]]:
+        return Extraction(
+            self._split,
+            self._source,
+            part=part,
+            parts=parts,
+            views=self._views,
+            random=self._random,
+            training=self._training,
+            store=self._store,
+            dtype=self._dtype,
+            verbose=self._verbose,
+        ).run()
+
+    def _check_unchanged(self, parts: list[list[list[Shard]]], now: tuple[int, int]) -> None:
+        """Raises a StaleCacheError if the data is not what was recorded."""
+        assert isinstance(self._store, DiskStore)
+        first, *others = [_samples(parts, view) for view in range(self._views)]
+        changed = first.difference(self._source.samples(*now))
+        if changed is not None and not (first.count and any(map(first.difference, others))):
+            # Of data that was another in each pass, none can be the one that was recorded.
+            raise self._store.stale(changed)
+
+    def _check_repeats(self, parts: list[list[list[Shard]]], now: tuple[int, int]) -> None:
+        """Raises an UncacheableError if the data is not the same when it is read again."""
+        index, count = now
+        if count == 1 and parts[0][0]:
+            # In the order of recording, a look at the first shard is enough.
+            first = parts[0][0][0].samples
+            if self._source.samples(*now, batches=len(first.batches)) == first:
+                return
+        changed = _samples(parts, 0).difference(self._source.samples(*now))
+        if changed is None:
+            return
+        if isinstance(self._store, DiskStore):
+            self._store.delete_part(index, count)
+        order = "in another order or " if count > 1 else ""
+        raise UncacheableError(
+            f"The data is read {order}with other values each time, as after random augmentation: "
+            f"{changed} differ. Recorded once, every epoch would see the same. Pass `views=k` to "
+            "record k passes, of which each epoch draws; `check_data=False` if that is meant; or "
+            "train through the backbone."
+        )
+
+
+def _samples(parts: list[list[list[Shard]]], view: int) -> Samples:
+    """What tells the samples of a pass apart."""
+    samples = Samples()
+    for shard in (shard for part in parts for shard in part[view]):
+        samples.add(shard.samples)
+    return samples

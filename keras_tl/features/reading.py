@@ -1,0 +1,79 @@
+"""Recorded features as a `tf.data.Dataset` to train on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from keras_tl.features.store import Reader, Shard
+
+
+def positions_of_batches(parts: Sequence[Sequence[Shard]]) -> list[np.ndarray]:
+    """Returns the positions of the records of each batch, in the order of the data.
+
+    Args:
+        parts: The shards of each part. Batch j of the data is in part j modulo their number.
+    """
+    batches: list[list[np.ndarray]] = []
+    begin = 0
+    for shards in parts:
+        batches.append([])
+        for count in (count for shard in shards for count in shard.samples.batches):
+            batches[-1].append(np.arange(begin, begin + count))
+            begin += count
+    longest = max(map(len, batches), default=0)
+    return [part[i] for i in range(longest) for part in batches if i < len(part)]
+
+
+def dataset_of(
+    reader: Reader,
+    pack: Callable[[Sequence[Any]], Any],
+    *,
+    batches: Sequence[np.ndarray],
+    views: int,
+    batch_size: int | None,
+    shuffle: bool,
+    seed: int | None,
+) -> tf.data.Dataset:
+    """Returns a data set of batches.
+
+    Args:
+        reader: The `Reader` of the records.
+        pack: Function from the tensors of a batch to an element.
+        batches: The positions of each batch in the first pass, in the order of the data.
+        views: Int. How many passes there are. Each epoch draws one for every sample.
+        batch_size: Int or None. None: batches as they were.
+        shuffle: Bool. Whether each epoch has an order of its own.
+        seed: Int or None. For the orders and the passes.
+    """
+    in_order = np.concatenate([np.zeros(0, np.int64), *batches])
+    sizes = [len(batch) for batch in batches]
+    if sizes and (shuffle or batch_size is not None):
+        size = batch_size or sizes[0]
+        whole, rest = divmod(len(in_order), size)
+        sizes = [size] * whole + ([rest] if rest else [])
+    ends = np.cumsum([0, *sizes])
+    # As `fit` does, so that `keras.utils.set_random_seed` decides it.
+    generator = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
+
+    def epoch() -> np.ndarray:
+        order = generator.permutation(in_order) if shuffle else in_order
+        if views == 1:
+            return order
+        return order + len(order) * generator.integers(views, size=len(order))
+
+    def batch(order: tf.Tensor, begin: tf.Tensor, end: tf.Tensor) -> Any:
+        raw = tf.numpy_function(reader.read, [order[begin:end]], tf.uint8)
+        return pack(reader.records.decode(tf.ensure_shape(raw, (None, None))))
+
+    def of_epoch(order: tf.Tensor) -> tf.data.Dataset:
+        bounds = tf.data.Dataset.from_tensor_slices((ends[:-1], ends[1:]))
+        return bounds.map(lambda begin, end: batch(order, begin, end))
+
+    once = tf.data.Dataset.from_tensors(0)
+    order = once.map(lambda _: tf.ensure_shape(tf.numpy_function(epoch, [], tf.int64), (None,)))
+    dataset = order.flat_map(of_epoch)
+    return dataset.apply(tf.data.experimental.assert_cardinality(len(sizes))).prefetch(2)

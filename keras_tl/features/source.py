@@ -1,0 +1,140 @@
+"""The data to extract features of: whatever `fit` takes, as batches, and what tells it apart."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_tl import internals
+from keras_tl.features.splitting import UncacheableError
+
+
+class Source:
+    """Batches of inputs, with targets and sample weights if there are any.
+
+    Args:
+        x: Arrays, a `tf.data.Dataset`, a `PyDataset` or a generator, as `fit` takes them.
+        y: Targets, if they are not in `x`.
+        sample_weight: Weights, if they are not in `x`.
+        batch_size: Int or None. For arrays.
+        steps: Int or None. How many batches are used, of data that has no end.
+
+    Attributes:
+        batches: Int or None. How many batches there are, if that is known.
+        repeatable: Bool. Whether the data can be read more than once.
+        fixed: Bool. Whether it is arrays, which are the same each time.
+        spec: `tf.TypeSpec`s of a batch, nested as it is.
+
+    Raises:
+        UncacheableError: If a part of the data is not a dense tensor.
+    """
+
+    def __init__(
+        self, x: Any, y: Any, sample_weight: Any, *, batch_size: int | None, steps: int | None
+    ):
+        self._dataset, self.batches = internals.batches_of(x, y, sample_weight, batch_size, steps)
+        self.repeatable = not isinstance(x, Iterator)
+        self.fixed = all(hasattr(array, "shape") for array in keras.tree.flatten(x))
+        self.spec = self._dataset.element_spec
+        for spec in tf.nest.flatten(self.spec):
+            if not isinstance(spec, tf.TensorSpec):
+                raise UncacheableError(
+                    f"Features are recorded with dense tensors only. The data has {spec}. Turn it "
+                    "into a dense tensor first."
+                )
+
+    def describe(self) -> dict[str, list[str]]:
+        """Returns shapes and dtypes of a sample's inputs, and of what else there is."""
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(self.spec)
+        return {"inputs": _described(x), "targets": _described((y, weight))}
+
+    def part(self, index: int, count: int) -> tf.data.Dataset:
+        """Returns a `tf.data.Dataset` of every `count`-th batch from the one of that index on."""
+        return self._dataset if count == 1 else self._dataset.shard(count, index)
+
+    def samples(self, index: int, count: int, *, batches: int | None = None) -> Samples:
+        """Reads a part of the data, or its first batches, and returns what tells it apart."""
+        samples = Samples()
+        for batch in self.part(index, count).take(-1 if batches is None else batches):
+            samples.add(Samples.of(batch))
+        return samples
+
+
+@dataclasses.dataclass
+class Samples:
+    """What tells samples apart: sums over fingerprints of 64 bits, one for each sample.
+
+    Equal for the same samples in another order, but for `ordered`.
+
+    Attributes:
+        batches: List of ints. How many samples there are in each batch.
+        inputs: Int. The sum over the inputs' fingerprints, modulo 2**64.
+        pairs: Int. The sum over those of the inputs with their targets and sample weights.
+        ordered: String. A digest of all of them in their order.
+    """
+
+    batches: list[int] = dataclasses.field(default_factory=list)
+    inputs: int = 0
+    pairs: int = 0
+    ordered: str = ""
+
+    @classmethod
+    def of(cls, batch: Any) -> Samples:
+        """Returns what tells the samples of a batch apart."""
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
+        with tf.device("CPU:0"):
+            inputs = _fingerprints(tf.nest.flatten(x))
+            rest = [one for one in tf.nest.flatten((y, weight)) if one is not None]
+            pairs = _fingerprints([inputs, *rest]) if rest else inputs
+        pairs = pairs.numpy()
+        return cls([len(pairs)], _sum(inputs.numpy()), _sum(pairs), _digest(pairs.tobytes()))
+
+    def add(self, others: Samples) -> None:
+        """Takes in the samples of further batches."""
+        self.batches += others.batches
+        self.inputs = (self.inputs + others.inputs) % 2**64
+        self.pairs = (self.pairs + others.pairs) % 2**64
+        self.ordered = _digest((self.ordered + others.ordered).encode())
+
+    @property
+    def count(self) -> int:
+        """Int. The number of samples."""
+        return sum(self.batches)
+
+    def difference(self, now: Samples) -> str | None:
+        """Says what differs between these samples and others, but for their order."""
+        if self.count != now.count:
+            return f"the number of samples (recorded {self.count}, now {now.count})"
+        if self.inputs != now.inputs:
+            return "the inputs"
+        return "the targets or sample weights" if self.pairs != now.pairs else None
+
+
+def _described(part: Any) -> list[str]:
+    specs = [spec for spec in tf.nest.flatten(part) if spec is not None]
+    return [f"{spec.dtype.name}{spec.shape[1:]}" for spec in specs]
+
+
+def _fingerprints(tensors: list[tf.Tensor]) -> tf.Tensor:
+    """Returns 8 bytes for each sample."""
+    each = [tf.fingerprint(_rows(tensor)) for tensor in tensors]
+    return each[0] if len(each) == 1 else tf.fingerprint(tf.concat(each, axis=1))
+
+
+def _rows(tensor: tf.Tensor) -> tf.Tensor:
+    samples = tf.shape(tensor)[0]
+    return tf.reshape(tensor, (samples, tf.size(tensor) // tf.maximum(samples, 1)))
+
+
+def _sum(fingerprints: np.ndarray) -> int:
+    return int(np.sum(fingerprints.view(np.uint64), dtype=np.uint64))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()

@@ -1,0 +1,215 @@
+"""A model in two: up to its frozen backbone, and the head after it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_tl import internals, switching
+from keras_tl.backbones import Backbones
+from keras_tl.messages import some
+from keras_tl.selecting import Backbone, describe, flatten_layers
+
+
+class UncacheableError(ValueError):
+    """What is before the backbone's outputs, or the data, does not allow to record them."""
+
+
+class SplitModel:
+    """A model split after its frozen backbone. Both parts share its layers.
+
+    Args:
+        model: A Functional or built Sequential model, compiled or not.
+        backbone: A layer, model or list of layers of the model. None means each `FrozenBackbone`.
+
+    Attributes:
+        head: A model from the features to the outputs, compiled as the model is.
+        features: Dictionary from the features' names to their symbolic tensors: the backbone's
+            outputs, inputs that bypass it, and masks that they carry.
+        bypassing: Set of the names of those that are inputs of the model.
+
+    Raises:
+        ValueError: If there is no such backbone, or it is not frozen.
+        UncacheableError: If the model has no graph to split, or other weights before the split
+            train.
+    """
+
+    def __init__(self, model: keras.Model, backbone: Backbone | None):
+        outputs = internals.graph_outputs(model)
+        if outputs is None:
+            raise UncacheableError(
+                f'The model "{model.name}" (a {type(model).__name__}) cannot be split: only a '
+                "Functional or a built Sequential model has a graph in which the backbone's "
+                "outputs can be found. Write it as one, or train through the backbone."
+            )
+        if model.optimizer is not None and internals.has_own_train_step(model):
+            raise UncacheableError(
+                f'The model "{model.name}" (a {type(model).__name__}) has its own `train_step`, '
+                "which its head would not have. Train through the backbone."
+            )
+        inputs = internals.graph_inputs(model)
+        self._model = model
+        self._backbones = Backbones(model, backbone)
+        tensors = internals.cut_after(model, _operations(model, self._backbones))
+        named = _named(tensors)
+        self.bypassing = {
+            name for name, x in named.items() if any(x is one for one in keras.tree.flatten(inputs))
+        }
+        with internals.strategy_scope(model):
+            self._graph = keras.Model(inputs, tensors)
+            self.check_constant()
+            self._extractors = {
+                training: self._extractor(list(named), training) for training in (True, False)
+            }
+            spec = self._extractors[True](keras.tree.map_structure(_placeholder, inputs))
+            self.features = dict(spec)
+            self.head = _head(model, tensors, named, spec, outputs)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Tuple of strings. The features' names."""
+        return tuple(self.features)
+
+    def extractor(self, training: bool) -> keras.Model:
+        """Returns a model from the inputs to a dictionary of the features.
+
+        Args:
+            training: Bool. Whether its layers are called as in `fit`, or as in `evaluate`.
+        """
+        return self._extractors[training]
+
+    @property
+    def layers(self) -> list[keras.Layer]:
+        """List of the layers up to the split, at every depth."""
+        return flatten_layers(self._graph)
+
+    @property
+    def graph(self) -> keras.Model:
+        """The model from the inputs to the list of features without masks."""
+        return self._graph
+
+    def check_constant(self) -> None:
+        """Raises a ValueError if weights up to the split train."""
+        training = [weight.path for weight in self._graph.trainable_weights]
+        if not training:
+            return
+        in_backbone = {weight.path for weight in self._backbones.trainable_weights}
+        if in_backbone.intersection(training):
+            raise ValueError(
+                f"The backbone {self._backbones.names} is not frozen ({some(training)} "
+                "train), so its outputs change from step to step. Freeze it and compile the model "
+                "again."
+            )
+        raise UncacheableError(
+            f"{some(training)} come before the outputs of the backbone "
+            f"{self._backbones.names} and train, so what is recorded would not stay right. Freeze "
+            "their layers and compile the model again, or train through the backbone."
+        )
+
+    def _extractor(self, names: list[str], training: bool) -> Extractor:
+        extractor = Extractor(self._graph, names, training)
+        if self._model.compiled:
+            # The arithmetic of `fit`, of which a compiler may round another way.
+            extractor.compile(
+                jit_compile=self._model.jit_compile, run_eagerly=self._model.run_eagerly
+            )
+        return extractor
+
+
+class Extractor(keras.Model):
+    """Calls a model in a mode of its own, and returns its outputs and their masks by name.
+
+    Args:
+        graph: A model with a list of outputs.
+        names: Names for them.
+        training: Bool. Whether it is called as `fit` does it. A frozen backbone is in inference
+            mode all the same; layers that are random are not.
+    """
+
+    def __init__(self, graph: keras.Model, names: Sequence[str], training: bool, **kwargs: Any):
+        super().__init__(autocast=False, **kwargs)
+        self.graph = graph
+        self.names = list(names)
+        self.training = training
+
+    def call(self, inputs: Any) -> dict[str, Any]:
+        outputs = keras.tree.flatten(self.graph(inputs, training=self.training))
+        named = dict(zip(self.names, outputs, strict=True))
+        masks = {_mask_name(name): internals.mask_of(x) for name, x in named.items()}
+        return {**named, **{name: mask for name, mask in masks.items() if mask is not None}}
+
+
+@keras.saving.register_keras_serializable(package="keras_tl")
+class WithMask(keras.layers.Layer):
+    """Returns the first of two tensors, which then carries the second as its mask."""
+
+    def call(self, inputs: Any) -> Any:
+        return inputs[0]
+
+    def compute_mask(self, inputs: Any, previous_mask: Any) -> Any:
+        return inputs[1]
+
+    def compute_output_spec(self, inputs: Any) -> Any:
+        return keras.KerasTensor(inputs[0].shape, inputs[0].dtype)
+
+
+def _head(
+    model: keras.Model,
+    tensors: Sequence[Any],
+    named: dict[str, Any],
+    spec: dict[str, Any],
+    outputs: Any,
+) -> keras.Model:
+    inputs = {
+        name: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name) for name, x in spec.items()
+    }
+    masked = []
+    for name in named:
+        mask = inputs.get(_mask_name(name))
+        masked.append(inputs[name] if mask is None else WithMask()([inputs[name], mask]))
+    structure = next(iter(inputs.values())) if len(inputs) == 1 else inputs
+    head = keras.Model(
+        structure, internals.called_again(tensors, masked, outputs), name=f"{model.name}_head"
+    )
+    if model.optimizer is not None:
+        switching.build_optimizer(model)
+        head.compile(**internals.compile_arguments(model))
+    return head
+
+
+def _operations(model: keras.Model, backbones: Backbones) -> list[keras.Layer]:
+    """The layers of a model's graph that the backbones are, are in, or are made of."""
+    wanted = {id(layer) for layer in flatten_layers([*backbones.wrapped, *backbones.plain])}
+    found = [
+        layer
+        for layer in model.layers
+        if any(id(one) in wanted for one in flatten_layers(layer))
+        and not isinstance(layer, keras.layers.InputLayer)
+    ]
+    if not found:
+        raise ValueError(
+            f"The backbone {describe(backbones.plain)} is not called in the graph of the model "
+            f'"{model.name}". Its layers: {", ".join(layer.name for layer in model.layers)}.'
+        )
+    return found
+
+
+def _named(tensors: Sequence[Any]) -> dict[str, Any]:
+    named: dict[str, Any] = {}
+    for x in tensors:
+        name = base = internals.operation_of(x).name
+        count = 1
+        while name in named:
+            name, count = f"{base}_{count}", count + 1
+        named[name] = x
+    return named
+
+
+def _mask_name(name: str) -> str:
+    return f"{name}_mask"
+
+
+def _placeholder(x: Any) -> Any:
+    return keras.KerasTensor(x.shape, x.dtype)
