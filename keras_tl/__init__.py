@@ -4,6 +4,7 @@ from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.convergence import ConvergenceMonitor
 from keras_tl.errors import FrozenWeightsChangedError, StaleCacheError, StaleCompileError
 from keras_tl.features import FeatureCache
+from keras_tl.fine_tuning import fine_tune
 from keras_tl.layers import FrozenBackbone
 from keras_tl.learning_rate_finder import find_learning_rate
 from keras_tl.learning_rates import layerwise_learning_rates
@@ -26,6 +27,7 @@ __all__ = [
     "UnfreezeAtConvergence",
     "__version__",
     "find_learning_rate",
+    "fine_tune",
     "layerwise_learning_rates",
     "renew_optimizer",
     "trainable_report",

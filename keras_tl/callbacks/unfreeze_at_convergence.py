@@ -105,6 +105,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         stage: Int. The stage that the model is in: 0 while the backbone is frozen, then 1, ...
         stages: List of `Stage`, those after stage 0.
         transitions: List of `Transition`, the switches of the last `fit`.
+        decided: Bool. Whether the next epoch begins with a switch.
 
     Raises:
         ValueError: For an argument that is out of range; when `fit` starts, if the model has no
@@ -217,6 +218,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def transitions(self) -> list[Transition]:
         """The switches of the last `fit`."""
         return self._progress.transitions
+
+    @property
+    def decided(self) -> bool:
+        """Whether the next epoch begins with a switch."""
+        return self._progress.switch_reason is not None
 
     # Hooks, in the order in which `fit` calls them.
 
@@ -524,7 +530,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 "another callback stopped it. Place an EarlyStopping before UnfreezeAtConvergence, "
                 "and its stop counts as convergence."
             )
-        if self._progress.switch_reason is not None:
+        if self.decided:
             return message + (
                 "stage 0 ended with the last epoch. Pass more `epochs` to `fit` to fine-tune."
             )
