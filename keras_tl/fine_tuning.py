@@ -168,6 +168,7 @@ def fine_tune(
                 cache.head,
                 features,
                 steps=steps,
+                shuffle=False,  # The features are.
                 until=lambda: switch.decided,
                 validation_data=validation,
                 class_weight=class_weight,

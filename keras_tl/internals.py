@@ -611,11 +611,12 @@ def _dataset_of(adapter: Any) -> Any:
         return adapter.get_tf_dataset()
     import tensorflow as tf
 
+    first = keras.tree.lists_to_tuples(first)
     spec = keras.tree.map_structure(
         lambda array: tf.TensorSpec((None, *array.shape[1:]), array.dtype), first
     )
     return tf.data.Dataset.from_generator(
-        adapter.get_numpy_iterator, output_signature=spec
+        lambda: map(keras.tree.lists_to_tuples, adapter.get_numpy_iterator()), output_signature=spec
     ).prefetch(1)
 
 

@@ -44,7 +44,7 @@ class SplitModel:
                 "Functional or a built Sequential model has a graph in which the backbone's "
                 "outputs can be found. Write it as one, or train through the backbone."
             )
-        if model.optimizer is not None and internals.has_own_train_step(model):
+        if model.compiled and internals.has_own_train_step(model):
             raise UncacheableError(
                 f'The model "{model.name}" (a {type(model).__name__}) has its own `train_step`, '
                 "which its head would not have. Train through the backbone."
@@ -173,7 +173,7 @@ def _head(
     head = keras.Model(
         structure, internals.called_again(tensors, masked, outputs), name=f"{model.name}_head"
     )
-    if model.optimizer is not None:
+    if model.compiled:
         switching.build_optimizer(model)
         head.compile(**internals.compile_arguments(model))
     return head
