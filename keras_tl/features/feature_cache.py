@@ -213,13 +213,10 @@ class FeatureCache:
 
     def _packed(self, flat: Sequence[Any], spec: Any) -> Any:
         names = self._split.names
-        features: Any = dict(zip(names, flat))
-        if len(names) == 1:
-            features = flat[0]
-        if not isinstance(spec, tuple):
+        features = flat[0] if len(names) == 1 else dict(zip(names, flat))
+        rest = [part for part in keras.utils.unpack_x_y_sample_weight(spec)[1:] if part is not None]
+        if not rest:
             return features
-        _, y, weight = keras.utils.unpack_x_y_sample_weight(spec)
-        rest = [one for one in (y, weight) if one is not None]
         return (features, *keras.tree.pack_sequence_as(rest, list(flat[len(names) :])))
 
 
