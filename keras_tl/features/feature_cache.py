@@ -16,10 +16,11 @@ from keras_tl.convergence import check_count
 from keras_tl.features.identity import identity_of
 from keras_tl.features.parts import Parts
 from keras_tl.features.reading import dataset_of, positions_of_batches
+from keras_tl.features.record_reader import RecordReader
 from keras_tl.features.records import Field, Records
 from keras_tl.features.source import Source
 from keras_tl.features.splitting import SplitModel
-from keras_tl.features.store import DiskStore, MemoryStore, Reader
+from keras_tl.features.store import DiskStore, MemoryStore
 from keras_tl.selecting import Backbone
 
 _DTYPES = (None, "float32", "float16", "bfloat16")
@@ -166,7 +167,7 @@ class FeatureCache:
         ).get(shard, check_data=check_data)
         records = store.records or _records_of_nothing(self._split, source)
         by_pass = [[shard for part in parts for shard in part[view]] for view in range(passes)]
-        reader = Reader(records, [shard for shards in by_pass for shard in shards])
+        reader = RecordReader(records, [shard for shards in by_pass for shard in shards])
         return dataset_of(
             reader,
             lambda flat: self._packed(flat, source.spec),

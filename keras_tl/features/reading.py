@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from keras_tl.features.store import Reader, Shard
+from keras_tl.features.record_reader import RecordReader
+from keras_tl.features.store import Shard
 
 
 def positions_of_batches(parts: Sequence[Sequence[Shard]]) -> list[np.ndarray]:
@@ -29,7 +30,7 @@ def positions_of_batches(parts: Sequence[Sequence[Shard]]) -> list[np.ndarray]:
 
 
 def dataset_of(
-    reader: Reader,
+    reader: RecordReader,
     pack: Callable[[Sequence[Any]], Any],
     *,
     batches: Sequence[np.ndarray],
@@ -41,7 +42,7 @@ def dataset_of(
     """Returns a data set of batches.
 
     Args:
-        reader: The `Reader` of the records.
+        reader: The `RecordReader` of the records.
         pack: Function from the tensors of a batch to an element.
         batches: The positions of each batch in the first pass, in the order of the data.
         views: Int. How many passes there are. Each epoch draws one for every sample.
@@ -59,6 +60,8 @@ def dataset_of(
     # As `fit` does, so that `keras.utils.set_random_seed` decides it.
     generator = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
 
+    dtypes = [tf.as_dtype(dtype) for _, dtype in reader.records.layout]
+
     def epoch() -> np.ndarray:
         order = generator.permutation(in_order) if shuffle else in_order
         if views == 1:
@@ -66,8 +69,8 @@ def dataset_of(
         return order + len(order) * generator.integers(views, size=len(order))
 
     def batch(order: tf.Tensor, begin: tf.Tensor, end: tf.Tensor) -> Any:
-        raw = tf.numpy_function(reader.read, [order[begin:end]], tf.uint8)
-        return pack(reader.records.decode(tf.ensure_shape(raw, (None, None))))
+        tensors = tf.numpy_function(reader.read, [order[begin:end]], dtypes)
+        return pack(reader.records.decode(tensors))
 
     def of_epoch(order: tf.Tensor) -> tf.data.Dataset:
         bounds = tf.data.Dataset.from_tensor_slices((ends[:-1], ends[1:]))

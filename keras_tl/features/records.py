@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import ml_dtypes
@@ -86,27 +86,21 @@ class Records:
             packed[str(index)] = _narrowed(array, field.dtype)
         return packed
 
-    def decode(self, raw: tf.Tensor) -> list[tf.Tensor]:
-        """Returns the bytes of records, of shape `(samples, size of a record)`, as tensors.
+    @property
+    def layout(self) -> list[tuple[tuple[int, ...], np.dtype]]:
+        """For each field its shape and the dtype that it is kept in."""
+        return [(field.shape, _dtype(field.dtype)) for field in self.fields]
 
-        They have the dtypes that they are read in.
-        """
-        tensors = []
-        fields: Mapping[str, Any] = self.dtype.fields or {}
-        for index, field in enumerate(self.fields):
-            dtype, begin = fields[str(index)][:2]
-            tensors.append(_decoded(raw[:, begin : begin + dtype.itemsize], field))
-        return tensors
+    def split(self, packed: np.ndarray) -> list[np.ndarray]:
+        """Returns the fields of a structured array, in the dtypes that they are kept in."""
+        return [packed[str(index)].view(dtype) for index, (_, dtype) in enumerate(self.layout)]
 
-
-def _decoded(raw: tf.Tensor, field: Field) -> tf.Tensor:
-    kept = tf.as_dtype(field.dtype)
-    shape = (tf.shape(raw)[0], *field.shape)
-    if kept == tf.bool:
-        values = tf.reshape(raw, shape)
-    else:
-        values = tf.bitcast(tf.reshape(raw, shape if kept.size == 1 else (*shape, kept.size)), kept)
-    return tf.ensure_shape(tf.cast(values, field.read_dtype), (None, *field.shape))
+    def decode(self, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+        """Returns the fields of a batch in the dtypes that they are read in."""
+        return [
+            tf.ensure_shape(tf.cast(tensor, field.read_dtype), (None, *field.shape))
+            for tensor, field in zip(tensors, self.fields, strict=True)
+        ]
 
 
 def _narrowed(array: np.ndarray, dtype: str) -> np.ndarray:

@@ -14,7 +14,6 @@ with one of 2,048. In order of recording, TFRecord shards took 0.13 and `Dataset
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import errno
 import json
@@ -22,11 +21,10 @@ import os
 import pathlib
 import re
 import struct
-import threading
 import uuid
 import zlib
 from collections.abc import Sequence
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -42,8 +40,6 @@ _MANIFEST = "manifest.json"
 _SHARD = "part-{part:04d}-of-{parts:04d}.view-{view:03d}.shard-{index:06d}"
 _DONE = "part-{part:04d}-of-{parts:04d}.json"
 _CHUNK = 1 << 22
-_OPEN_FILES = 128
-_ALIGNMENT = 64
 _PREFIX = struct.Struct("<II")
 
 
@@ -289,79 +285,6 @@ class DiskStore:
         if found != header["checksum"]:
             raise ValueError("its checksum is wrong")
         return Shard(samples, (path, _PREFIX.size + size))
-
-
-class Reader:
-    """Reads records by their position, from one pass after the other.
-
-    Args:
-        records: The `Records`.
-        shards: List of `Shard`, those of a pass after each other.
-
-    Attributes:
-        records: The `Records`.
-    """
-
-    def __init__(self, records: Records, shards: Sequence[Shard]):
-        self.records = records
-        self._ends = np.cumsum([shard.samples.count for shard in shards], dtype=np.int64)
-        self._shards = [shard.source for shard in shards]
-        in_memory = bool(shards) and isinstance(shards[0].source, list)
-        self._memory = None
-        if in_memory:
-            batches = [batch for source in self._shards for batch in source]
-            self._memory = np.concatenate([_bytes(batch) for batch in batches]).reshape(
-                -1, records.dtype.itemsize
-            )
-            self._shards.clear()
-        self._files: collections.OrderedDict[int, BinaryIO] = collections.OrderedDict()
-        self._lock = threading.Lock()
-
-    def read(self, positions: np.ndarray) -> np.ndarray:
-        """Returns the bytes of the records at these positions, one record in each row."""
-        size = self.records.dtype.itemsize
-        rows = _aligned(len(positions) * size).reshape(len(positions), size)
-        if self._memory is not None:
-            np.take(self._memory, positions, axis=0, out=rows)
-            return rows
-        raw = _bytes(rows)
-        shards = np.searchsorted(self._ends, positions, side="right")
-        # Records that lie one after the other are read in one go.
-        follows = (np.diff(positions) == 1) & (np.diff(shards) == 0)
-        starts = np.flatnonzero(np.concatenate([[len(positions) > 0], ~follows])).tolist()
-        with self._lock:
-            for start, stop in zip(starts, [*starts[1:], len(positions)]):
-                shard = int(shards[start])
-                begin = self._ends[shard - 1] if shard else 0
-                file, offset = self._file(shard)
-                file.seek(offset + int(positions[start] - begin) * size)
-                _fill(file, raw[start * size : stop * size])
-        return rows
-
-    def _file(self, shard: int) -> tuple[BinaryIO, int]:
-        path, offset = self._shards[shard]
-        file = self._files.pop(shard, None)
-        if file is None:
-            if len(self._files) >= _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            file = path.open("rb", buffering=0)
-        self._files[shard] = file
-        return file, offset
-
-
-def _fill(file: BinaryIO, view: memoryview) -> None:
-    while view:
-        count = file.readinto(view)  # type: ignore[attr-defined]
-        if not count:
-            raise OSError(f"{file.name} has become shorter since it was checked.")
-        view = view[count:]
-
-
-def _aligned(size: int) -> np.ndarray:
-    """Returns an array of bytes that TensorFlow can use as it is, without copying it."""
-    array = np.empty(size + _ALIGNMENT, np.uint8)
-    begin = -array.ctypes.data % _ALIGNMENT
-    return array[begin : begin + size]
 
 
 def _bytes(array: np.ndarray) -> memoryview:

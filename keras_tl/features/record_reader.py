@@ -1,0 +1,113 @@
+"""Reading records by their position, in memory or on disk."""
+
+from __future__ import annotations
+
+import collections
+import math
+import threading
+import weakref
+from collections.abc import Sequence
+from typing import BinaryIO
+
+import numpy as np
+
+from keras_tl.features.records import Records
+from keras_tl.features.store import Shard
+
+_OPEN_FILES = 128
+_ALIGNMENT = 64
+
+
+class RecordReader:
+    """Reads records by their position, from one pass after the other.
+
+    Args:
+        records: The `Records`.
+        shards: List of `Shard`, those of a pass after each other.
+
+    Attributes:
+        records: The `Records`.
+    """
+
+    def __init__(self, records: Records, shards: Sequence[Shard]):
+        self.records = records
+        self._buffers = _Buffers()
+        self._in_memory: list[np.ndarray] | None = None
+        self._shards: list[Shard] = []
+        if shards and isinstance(shards[0].source, list):
+            batches = [batch for shard in shards for batch in shard.source]
+            self._in_memory = [np.concatenate(field) for field in zip(*map(records.split, batches))]
+            return
+        self._shards = list(shards)
+        self._ends = np.cumsum([shard.samples.count for shard in shards], dtype=np.int64)
+        self._files: collections.OrderedDict[int, BinaryIO] = collections.OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, positions: np.ndarray) -> list[np.ndarray]:
+        """Returns the records at these positions, as an array for each field."""
+        arrays = [
+            self._buffers.take((len(positions), *shape), dtype)
+            for shape, dtype in self.records.layout
+        ]
+        if self._in_memory is not None:
+            for values, array in zip(self._in_memory, arrays, strict=True):
+                np.take(values, positions, axis=0, out=array)
+            return arrays
+        shards = np.searchsorted(self._ends, positions, side="right")
+        starts = np.concatenate([[0], self._ends])[shards]
+        rows = zip(*map(_bytes_of_rows, arrays))
+        with self._lock:
+            for shard, index, row in zip(shards.tolist(), (positions - starts).tolist(), rows):
+                self._read_record(shard, index, row)
+        return arrays
+
+    def _read_record(self, shard: int, index: int, fields: Sequence[memoryview]) -> None:
+        file, offset = self._file(shard)
+        file.seek(offset + index * self.records.dtype.itemsize)
+        for field in fields:
+            _fill(file, field)
+
+    def _file(self, shard: int) -> tuple[BinaryIO, int]:
+        path, offset = self._shards[shard].source
+        file = self._files.pop(shard, None)
+        if file is None:
+            if len(self._files) >= _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            file = path.open("rb", buffering=0)
+        self._files[shard] = file
+        return file, offset
+
+
+class _Buffers:
+    """Memory for arrays, used again once nothing has the array any more.
+
+    TensorFlow uses an aligned array as it is, without a copy, and keeps it until the tensor is
+    gone. New memory for each batch cost more than reading the batch: 0.7 ms for 1.5 MB.
+    """
+
+    def __init__(self) -> None:
+        self._free: dict[int, list[np.ndarray]] = {}
+
+    def take(self, shape: Sequence[int], dtype: np.dtype) -> np.ndarray:
+        """Returns an array, whatever is in it."""
+        size = math.prod(shape) * dtype.itemsize
+        free = self._free.setdefault(size, [])
+        memory = free.pop() if free else np.empty(size + _ALIGNMENT, np.uint8)
+        begin = -memory.ctypes.data % _ALIGNMENT
+        array = memory[begin : begin + size].view(dtype).reshape(shape)
+        weakref.finalize(array, free.append, memory).atexit = False
+        return array
+
+
+def _bytes_of_rows(array: np.ndarray) -> list[memoryview]:
+    raw = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
+    size = len(raw) // len(array)
+    return [raw[begin : begin + size] for begin in range(0, len(raw), size)]
+
+
+def _fill(file: BinaryIO, view: memoryview) -> None:
+    while view:
+        count = file.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise OSError(f"{file.name} has become shorter since it was checked.")
+        view = view[count:]
