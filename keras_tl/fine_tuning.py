@@ -11,6 +11,7 @@ import keras
 
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.callbacks.joint_fits import JointFits
+from keras_tl.convergence import check_count
 from keras_tl.features import FeatureCache
 from keras_tl.features.splitting import UncacheableError
 from keras_tl.messages import say
@@ -121,6 +122,7 @@ def fine_tune(
         raise ValueError(
             f'The model "{model.name}" is not compiled. Call `compile` before `fine_tune`.'
         )
+    check_count("epochs", epochs, at_least=1)
     says = int(verbose != 0)
     switch = UnfreezeAtConvergence(
         learning_rate,

@@ -28,9 +28,8 @@ PLACES = {
 EPOCHS = 8
 
 
-def kill_at(where, call):
+def kill_at(owner, name, call):
     """Has the process kill itself in the middle of the call-th call of a function."""
-    owner, name = PLACES[where]
     function, calls = getattr(owner, name), []
 
     def killing(*arguments, **keywords):
@@ -45,7 +44,7 @@ def kill_at(where, call):
 def main(folder, place=None):
     if place is not None:
         where, call = place.split(":")
-        kill_at(where, int(call))
+        kill_at(*PLACES[where], int(call))
     folder = pathlib.Path(folder)
     keras.utils.set_random_seed(0)
     wrapper = FrozenBackbone(models.functional(["dense", "batchnorm", "dense"]))

@@ -30,9 +30,11 @@ class FeatureCache:
     """Runs the frozen backbone of a model once over data, to train the head on what it returned.
 
     While the backbone is frozen and nothing before it is random, what it returns for a sample is
-    the same in every epoch. Training on a record of it is the same training, without the backbone:
-    bit for bit in float32 with batches of the same size; matrix products of other sizes may be
-    rounded in another way.
+    the same in every epoch. Training on a record of it is the same training without the backbone,
+    bit for bit, if it is recorded in batches of the same size, in its own dtype. Batches of another
+    size are summed in another order, and so are backbone and head where a compiler joins them (XLA;
+    TensorFlow joins an Add with the Dense before it): that is a difference of rounding, some 1e-6
+    of a feature's size in float32.
 
     The head shares its layers with the model: training `head` trains `model`.
 

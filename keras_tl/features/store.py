@@ -210,7 +210,7 @@ class DiskStore:
         name = _DONE.format(part=part, parts=parts)
         self._put(name, [_sealed(content)])
         # What processes left that were killed while they wrote.
-        self._remove(f".{pathlib.Path(name).stem}.*.tmp")
+        self._remove(f".{pathlib.Path(name).stem}.*.tmp", f".{_MANIFEST}.*.tmp")
 
     def finished(self, part: int, parts: int) -> list[int] | None:
         """Returns what `finish` was told, or None if the part is not finished."""

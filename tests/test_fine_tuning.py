@@ -1,0 +1,377 @@
+"""The whole of transfer learning in one call is, bit for bit, the same in one `fit`."""
+
+import csv
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    Stage,
+    StaleCacheError,
+    UnfreezeAtConvergence,
+    fine_tune,
+    internals,
+)
+from tests import models, strategies
+from tests.conftest import examples, regression_data, values_of
+
+X, Y = regression_data(24, seed=1)
+VALIDATION = regression_data(16, seed=2)
+HEAD = (lambda: keras.layers.BatchNormalization(momentum=0.5), lambda: keras.layers.Dropout(0.3))
+
+
+def build(kinds=("dense", "batchnorm", "dropout", "dense"), optimizer=None, head=HEAD):
+    keras.utils.set_random_seed(0)
+    wrapper = FrozenBackbone(models.functional(kinds))
+    model = models.functional_outer(wrapper, [make() for make in head])
+    if optimizer is not None:
+        optimizer = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
+    model.compile(optimizer or keras.optimizers.Adam(0.02), "mse", metrics=["mae"])
+    return model
+
+
+@pytest.fixture
+def forward_passes(monkeypatch):
+    """A list that gets an entry for each batch that is extracted."""
+    run, original = [], internals.predictions
+
+    def counted(*arguments):
+        for one in original(*arguments):
+            run.append(one)
+            yield one
+
+    monkeypatch.setattr(internals, "predictions", counted)
+    return run
+
+
+class Events(keras.callbacks.Callback):
+    """Notes what a callback sees of a `fit`."""
+
+    def __init__(self):
+        super().__init__()
+        self.events = []
+
+    def on_train_begin(self, logs=None):
+        self.events.append(("train begins", self.model.name.split("_")[0]))
+
+    def on_train_end(self, logs=None):
+        self.events.append("train ends")
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.events.append(("epoch begins", epoch))
+
+    def on_epoch_end(self, epoch, logs=None):
+        self.events.append(("epoch ends", epoch, dict(logs), values_of(self.model)))
+
+    def on_train_batch_begin(self, batch, logs=None):
+        self.events.append(("batch begins", batch))
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.events.append(("batch ends", batch, values_of(self.model)))
+
+    def on_test_end(self, logs=None):
+        self.events.append("test ends")
+
+
+SETTINGS = {"batch_size": 8, "shuffle": False, "validation_data": VALIDATION, "verbose": 0}
+
+
+def in_one_fit(model, epochs, callbacks=(), **settings):
+    data = {**SETTINGS, **{key: settings.pop(key) for key in SETTINGS if key in settings}}
+    switch = UnfreezeAtConvergence(fine_tune_patience=3, verbose=0, **settings)
+    guard = FreezeGuard(verbose=0)
+    return model.fit(X, Y, epochs=epochs, callbacks=[*callbacks, switch, guard], **data)
+
+
+def check_same(epochs, callbacks=lambda: (), build=build, **settings):
+    events, other_events = Events(), Events()
+    expected, model = build(), build()
+    history = in_one_fit(expected, epochs, [*callbacks(), events], **settings)
+    run = {"epochs": epochs, "fine_tune_patience": 3, **SETTINGS, **settings}
+    ours = fine_tune(model, X, Y, callbacks=[*callbacks(), other_events], **run)
+    assert ours.epoch == history.epoch == list(range(len(history.epoch)))
+    assert ours.history == history.history
+    assert values_of(model) == values_of(expected)
+    assert other_events.events == events.events
+    assert model.history is ours
+    return ours
+
+
+@settings(max_examples=examples(6))
+@given(
+    kinds=strategies.layer_kinds(),
+    optimizer=strategies.optimizers(),
+    learning_rate=st.sampled_from([1e-3, 1e-2]),
+    patience=st.integers(0, 2),
+    restore=st.booleans(),
+    head_learning_rate=st.sampled_from([None, 1e-3]),
+)
+def test_as_in_one_fit(kinds, optimizer, learning_rate, patience, restore, head_learning_rate):
+    check_same(
+        epochs=12,
+        build=lambda: build(kinds, optimizer),
+        learning_rate=learning_rate,
+        patience=patience,
+        restore_best_weights=restore,
+        head_learning_rate=head_learning_rate,
+    )
+
+
+def test_in_several_stages():
+    stages = [Stage(1, 1e-2, epochs=2), Stage("all", 1e-3, epochs=1), Stage("all", 1e-4)]
+    history = check_same(epochs=9, stages=stages, max_frozen_epochs=3)
+    assert history.history["stage"] == [0, 0, 0, 1, 1, 2, 3, 3, 3]
+
+
+def test_an_early_stopping_before_it_counts_as_convergence():
+    history = check_same(
+        epochs=8,
+        callbacks=lambda: [keras.callbacks.EarlyStopping("mae", patience=0, mode="max")],
+        patience=8,
+    )
+    assert history.history["stage"][:3] == [0, 0, 1]
+
+
+def test_another_callback_ends_it_in_the_frozen_stage():
+    class Stop(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            self.model.stop_training = epoch == 1
+
+    class StopInBatch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            self.model.stop_training = batch == 1
+
+    for stop, events in ((Stop, 2), (StopInBatch, 1)):
+        with pytest.warns(UserWarning, match="another callback stopped it"):
+            history = check_same(epochs=8, callbacks=lambda stop=stop: [stop()])
+        assert history.history["stage"] == [0] * events
+
+
+def test_all_epochs_in_the_frozen_stage():
+    with pytest.warns(UserWarning, match="had not converged by the last epoch"):
+        history = check_same(epochs=3, patience=8)
+    assert history.history["stage"] == [0, 0, 0]
+
+
+def test_the_backbone_does_not_run_in_the_frozen_stage(forward_passes):
+    calls = []
+    model = build()
+    wrapper = models.frozen_backbone_of(model)
+    original = wrapper.call
+
+    def counted(*arguments, **settings):
+        calls.append(wrapper.trainable)
+        return original(*arguments, **settings)
+
+    wrapper.call = counted
+    model.compile("sgd", "mse", run_eagerly=True)
+    history = fine_tune(model, X, Y, epochs=7, max_frozen_epochs=5, patience=9, **SETTINGS)
+    assert history.history["stage"] == [0] * 5 + [1] * 2
+    assert len(forward_passes) == 5
+    # Two epochs of three steps and two validation steps, and the extraction of both data sets.
+    assert len(calls) <= 2 * (3 + 2) + 5 + 3
+
+
+def test_features_in_cache_dir_are_used_again(tmp_path, forward_passes):
+    run = {"epochs": 2, "max_frozen_epochs": 1, "cache_dir": tmp_path, **SETTINGS}
+    first = fine_tune(build(), X, Y, **run).history
+    assert len(forward_passes) == 5
+    forward_passes.clear()
+    assert fine_tune(build(), X, Y, **run).history == first
+    assert forward_passes == []
+    with pytest.raises(StaleCacheError, match="the inputs"):
+        fine_tune(build(), X + 1, Y, **run)
+
+
+def test_half_precision_features_train_nearly_as_well(tmp_path):
+    run = {"epochs": 4, "patience": 9, "max_frozen_epochs": 3, **SETTINGS}
+    whole = fine_tune(build(), X, Y, **run).history["val_loss"]
+    half = fine_tune(build(), X, Y, dtype="bfloat16", **run).history["val_loss"]
+    assert whole != half
+    np.testing.assert_allclose(half, whole, rtol=0.05)
+
+
+def noisy():
+    inputs = keras.Input((models.FEATURES,))
+    x = keras.layers.GaussianNoise(0.1, name="augmentation")(inputs)
+    x = FrozenBackbone(models.functional(["dense"]))(x)
+    model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    model.compile("adam", "mse")
+    return model
+
+
+def subclassed():
+    model = models.SubclassedOuter(FrozenBackbone(models.functional(["dense"])))
+    model.compile("adam", "mse")
+    return model
+
+
+@pytest.mark.parametrize(
+    "make, why",
+    [(noisy, "augmentation come before.* are random"), (subclassed, "Functional or a built")],
+)
+def test_through_the_backbone_where_features_cannot_be_recorded(make, why, capsys):
+    run = {**SETTINGS, "verbose": 2}
+    history = fine_tune(make(), X, Y, epochs=4, max_frozen_epochs=2, **run)
+    assert history.history["stage"] == [0, 0, 1, 1]
+    printed = capsys.readouterr().out
+    assert "fine_tune trains the head through the backbone. The" in printed
+    assert "Epoch 4/4" in printed
+
+
+def test_views_of_augmented_data(forward_passes):
+    history = fine_tune(noisy(), X, Y, epochs=4, max_frozen_epochs=2, views=3, **SETTINGS)
+    assert history.history["stage"] == [0, 0, 1, 1]
+    assert len(forward_passes) == 3 * 3 + 2
+
+
+def test_augmented_data_sets_train_through_the_backbone(capsys):
+    augment = keras.layers.GaussianNoise(1.0)
+    data = tf.data.Dataset.from_tensor_slices((X, Y)).batch(8)
+    data = data.map(lambda x, y: (augment(x, training=True), y))
+    fine_tune(build(), data, validation_data=VALIDATION, epochs=2, max_frozen_epochs=1, verbose=2)
+    assert "with other values each time" in capsys.readouterr().out
+
+
+def generator():
+    while True:
+        for at in range(0, 24, 8):
+            yield X[at : at + 8], Y[at : at + 8]
+
+
+@pytest.mark.parametrize(
+    "data, settings",
+    [
+        ((tf.data.Dataset.from_tensor_slices((X, Y)).batch(8),), {}),
+        ((generator(),), {"steps_per_epoch": 3}),
+        ((X, Y, np.ones(24, "float32")), {"batch_size": 8}),
+    ],
+    ids=["tf.data", "generator", "weights"],
+)
+def test_kinds_of_data(data, settings):
+    held_out = tf.data.Dataset.from_tensor_slices(VALIDATION).batch(8)
+    run = {"epochs": 3, "max_frozen_epochs": 2, "verbose": 0}
+    for validation in (held_out, VALIDATION):
+        history = fine_tune(build(), *data, validation_data=validation, **run, **settings)
+        assert history.history["stage"] == [0, 0, 1]
+        assert len(history.history["val_loss"]) == 3
+
+
+def test_without_validation_data_the_loss_decides():
+    history = fine_tune(build(head=()), X, Y, epochs=40, batch_size=8, patience=0, verbose=0)
+    losses = history.history["loss"]
+    switch = history.history["stage"].index(1)
+    assert losses[switch - 1] > min(losses[: switch - 1])
+
+
+def test_class_weights_count_in_both_stages():
+    labels = (Y > 0).astype("float32")
+
+    def losses(**settings):
+        run = {"epochs": 2, "max_frozen_epochs": 1, "batch_size": 8, "verbose": 0, **settings}
+        return fine_tune(build(), X, labels, shuffle=False, **run).history["loss"]
+
+    plain, weighted = losses(), losses(class_weight={0: 1.0, 1: 10.0})
+    assert all(one > other for one, other in zip(weighted, plain, strict=True))
+
+
+def test_a_plain_backbone_that_was_trainable():
+    base = models.functional(["dense", "batchnorm", "dense"])
+    model = models.functional_outer(base)
+    model.compile("adam", "mse")
+    history = fine_tune(model, X, Y, backbone=base, epochs=4, max_frozen_epochs=2, **SETTINGS)
+    assert history.history["stage"] == [0, 0, 1, 1]
+
+
+def test_a_model_that_is_being_fine_tuned_goes_on(forward_passes):
+    model = build()
+    models.frozen_backbone_of(model).unfreeze()
+    model.compile("adam", "mse")
+    history = fine_tune(model, X, Y, epochs=2, **SETTINGS)
+    assert history.history["stage"] == [1, 1]
+    assert forward_passes == []
+
+
+def test_callbacks_see_the_whole_model(tmp_path):
+    checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
+    log = tmp_path / "log.csv"
+    fine_tune(
+        build(),
+        X,
+        Y,
+        epochs=3,
+        max_frozen_epochs=2,
+        callbacks=[checkpoint, keras.callbacks.CSVLogger(log)],
+        **SETTINGS,
+    )
+    for epoch in (1, 3):
+        saved = keras.models.load_model(tmp_path / f"{epoch}.keras")
+        assert saved.input_shape == (None, 4)
+        assert isinstance(saved.layers[1], FrozenBackbone)
+    with log.open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["0", "1", "2"]
+
+
+def test_the_best_weights_of_both_stages_remain():
+    model = build()
+    history = fine_tune(model, X, Y, epochs=12, learning_rate=0.5, **SETTINGS)
+    found = model.evaluate(*VALIDATION, batch_size=8, return_dict=True, verbose=0)["loss"]
+    assert found == min(history.history["val_loss"])
+
+
+@pytest.mark.parametrize("interrupted_at", [0, 2, 3, 5, 7])
+def test_goes_on_from_its_backup(interrupted_at, tmp_path):
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == interrupted_at:
+                raise KeyboardInterrupt
+
+    run = {"epochs": 8, "patience": 9, "max_frozen_epochs": 3, "learning_rate": 1e-2, **SETTINGS}
+    undisturbed = build()
+    history = fine_tune(undisturbed, X, Y, **run)
+    run["backup_dir"] = tmp_path / "backup"
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(build(), X, Y, callbacks=[Interrupt()], **run)
+    model = build()
+    rest = fine_tune(model, X, Y, **run)
+    assert values_of(model) == values_of(undisturbed)
+    assert rest.epoch == history.epoch[interrupted_at:]
+    for name, values in rest.history.items():
+        assert values == history.history[name][interrupted_at:]
+
+
+def test_says_nothing_when_it_is_told_so(capsys):
+    fine_tune(build(), X, Y, epochs=3, max_frozen_epochs=1, **SETTINGS)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    "argument, message",
+    [
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"patience": -1}, "patience"),
+        ({"layers": "dens"}, "matches no layer"),
+        ({"views": 0}, "views"),
+        ({"dtype": "int8"}, "`dtype` must be one of"),
+        ({"backbone": keras.layers.Dense(1)}, "is not part of the model"),
+        ({"epochs": 0}, "epochs"),
+    ],
+)
+def test_bad_input_before_any_step(argument, message, forward_passes):
+    model = build()
+    before = values_of(model)
+    with pytest.raises(ValueError, match=message):
+        fine_tune(model, X, Y, **SETTINGS, **argument)
+    assert forward_passes == []
+    assert values_of(model) == before
+
+
+def test_a_model_that_is_not_compiled():
+    with pytest.raises(ValueError, match="is not compiled. Call `compile` before"):
+        fine_tune(models.functional_outer(FrozenBackbone(models.functional(["dense"]))), X, Y)
