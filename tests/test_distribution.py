@@ -109,6 +109,21 @@ STAGES = """
     print("done")
 """
 
+FEATURES = """
+    import tempfile
+    from keras_tl import FeatureCache, fine_tune
+
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(7)  # A last batch of two.
+    cache = FeatureCache(model, cache_dir=tempfile.mkdtemp())
+    features = cache(data, shuffle=False, verbose=0)
+    found = np.concatenate([batch.numpy() for batch, _ in features])
+    np.testing.assert_allclose(found, wrapper(x), rtol=1e-5, atol=1e-6)
+    assert np.concatenate([targets for _, targets in features]).tobytes() == y.tobytes()
+    history = fine_tune(model, x, y, max_frozen_epochs=2, **fit).history
+    assert history["stage"] == [0, 0, 1, 1], history
+    print("done")
+"""
+
 DIGEST = """
     wrapper.unfreeze()
     for weight in model.weights:
@@ -137,7 +152,9 @@ def run(script):
 
 
 @pytest.mark.parametrize(
-    "script", [SWITCH, GUARD, HEAD_GOES_ON, STAGES], ids=["switch", "guard", "groups", "stages"]
+    "script",
+    [SWITCH, GUARD, HEAD_GOES_ON, STAGES, FEATURES],
+    ids=["switch", "guard", "groups", "stages", "features"],
 )
 def test_under_mirrored_strategy(script):
     assert run(script) == "done"

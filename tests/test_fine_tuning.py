@@ -320,7 +320,7 @@ def test_callbacks_see_the_whole_model(tmp_path):
 
 def test_the_best_weights_of_both_stages_remain():
     model = build()
-    history = fine_tune(model, X, Y, epochs=12, learning_rate=0.5, **SETTINGS)
+    history = fine_tune(model, X, Y, epochs=8, max_frozen_epochs=4, learning_rate=0.5, **SETTINGS)
     found = model.evaluate(*VALIDATION, batch_size=8, return_dict=True, verbose=0)["loss"]
     assert found == min(history.history["val_loss"])
 
