@@ -180,7 +180,8 @@ class StaleCacheError(ValueError):
 
     Example:
 
-    >>> import numpy as np, tempfile
+    >>> import keras, tempfile
+    >>> import numpy as np
     >>> from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
     >>> pretrained = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
     >>> model = keras.Sequential([FrozenBackbone(pretrained), keras.layers.Dense(1)])

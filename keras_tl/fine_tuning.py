@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -39,7 +39,7 @@ def fine_tune(
     validation_steps: int | None = None,
     shuffle: bool = True,
     class_weight: dict[int, float] | None = None,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    callbacks: Any = None,
     verbose: Any = "auto",
     **unfreezing: Any,
 ) -> keras.callbacks.History:
@@ -88,7 +88,7 @@ def fine_tune(
         shuffle: Bool. Whether each epoch is in a random order. The orders of a `tf.data.Dataset`
             or a generator are its own in fine-tuning. Defaults to `True`.
         class_weight: Dictionary from class indices to floats, as in `fit`.
-        callbacks: List of callbacks. To them it is one `fit` of `model`.
+        callbacks: A callback or a list of them. To them it is one `fit` of `model`.
         verbose: `"auto"`, 0, 1, or 2, as in `fit`.
         **unfreezing: Further arguments of `UnfreezeAtConvergence`, such as `layers`, `stages`,
             `max_frozen_epochs`, `head_learning_rate` or `warmup_steps`.
@@ -123,6 +123,11 @@ def fine_tune(
             f'The model "{model.name}" is not compiled. Call `compile` before `fine_tune`.'
         )
     check_count("epochs", epochs, at_least=1)
+    if isinstance(x, Iterator) and steps_per_epoch is None:
+        raise ValueError(
+            "A generator needs `steps_per_epoch`: it is read in several epochs, and must not end. "
+            "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset`."
+        )
     says = int(verbose != 0)
     switch = UnfreezeAtConvergence(
         learning_rate,
@@ -134,7 +139,10 @@ def fine_tune(
         **unfreezing,
     )
     fits = JointFits(
-        [*callbacks, switch, FreezeGuard(verbose=says)], model, epochs=epochs, verbose=verbose
+        [*(keras.tree.flatten(callbacks) if callbacks else ()), switch, FreezeGuard(verbose=says)],
+        model,
+        epochs=epochs,
+        verbose=verbose,
     )
     fits.begin()
     steps = None

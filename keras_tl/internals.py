@@ -17,6 +17,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from keras.src.backend import compute_output_spec
 from keras.src.backend.common import global_state
 from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
 from keras.src.ops.function import Function
@@ -314,6 +315,44 @@ def averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
     return [pair for pair in zip(optimizer_weights(inner) or [], kept) if pair[1] is not None]
 
 
+def continue_averages(old: Any, new: Any) -> None:
+    """Has a new optimizer go on with the averages that an old one keeps of the same weights.
+
+    Keras begins each average at the first step of its optimizer, which those of weights that have
+    been averaged before must not do.
+
+    Args:
+        old: A built optimizer.
+        new: A built optimizer. It stays as it is if either keeps no averages.
+    """
+    if not on_host(old.iterations):
+        return
+    kept = {id(variable): average for variable, average in averages(old)}
+    new = without_loss_scale(new)
+    several = isinstance(new, keras.optimizers.MultiOptimizer)
+    for optimizer in new._inner_optimizers if several else [new]:
+        known = [(kept.get(id(one)), average) for one, average in averages(optimizer)]
+        for before, average in known:
+            if before is not None:
+                copy_value(before, average)
+        begun = {id(average) for before, average in known if before is not None}
+        if begun:
+            optimizer._update_model_variables_moving_average = functools.partial(
+                _update_averages, optimizer, begun
+            )
+
+
+def _update_averages(optimizer: Any, begun: set[int], variables: Sequence[Any]) -> None:
+    first_step = keras.ops.equal(optimizer.iterations, 0)
+    kept = optimizer._model_variables_moving_average
+    for variable, average in zip(variables, kept, strict=True):
+        if average is not None:
+            momentum = keras.ops.cast(optimizer.ema_momentum, variable.dtype)
+            if id(average) not in begun:
+                momentum = keras.ops.where(first_step, keras.ops.zeros_like(momentum), momentum)
+            average.assign(momentum * average + (1 - momentum) * variable)
+
+
 def copy_optimizer_state(source: keras.Optimizer, target: keras.Optimizer) -> None:
     """Gives a built optimizer the step count of one of its class, and slots of the same variables.
 
@@ -436,6 +475,31 @@ def has_own_train_step(model: keras.Model) -> bool:
     return type(model).train_step is not keras.Model.train_step or "train_step" in vars(model)
 
 
+def own_methods(model: keras.Model) -> list[str]:
+    """Returns the names of the methods with which a model is trained and that are not Keras'.
+
+    Args:
+        model: A Functional or Sequential model, of a class of one's own or not.
+    """
+    base = next(one for one in type(model).__mro__ if one.__module__.startswith("keras."))
+    names = ("call", "train_step", "test_step", "compute_loss", "compute_metrics")
+    return [
+        name
+        for name in names
+        if getattr(type(model), name) is not getattr(base, name) or name in vars(model)
+    ]
+
+
+def losses_of(model: keras.Model, inputs: Any) -> list[Any]:
+    """Returns what a built model adds to the loss when it is called on symbolic inputs."""
+
+    def call(x: Any) -> Any:
+        values = model.trainable_variables, model.non_trainable_variables
+        return model.stateless_call(*values, x, return_losses=True)[2]
+
+    return compute_output_spec(call, inputs)
+
+
 def flags_when_compiled(model: keras.Model) -> dict[keras.Layer, bool]:
     """Returns the `trainable` flags that the layers had when the model was compiled."""
     return dict(getattr(model, "_compiled_trainable_state", {}))
@@ -478,10 +542,20 @@ def on_device(name: str) -> contextlib.AbstractContextManager:
 def on_host(value: Any) -> np.ndarray:
     """Returns a weight's or tensor's values as a NumPy array.
 
-    In one dimension on the way: `convert_to_numpy` fails for a single bfloat16 number.
+    In one dimension on the way: `convert_to_numpy` fails for a single bfloat16 number. What is
+    spread over processes is fetched from them, so each must call this.
     """
-    flat = keras.ops.convert_to_numpy(keras.ops.reshape(value, (-1,)))
+    flat = keras.ops.convert_to_numpy(_whole(keras.ops.reshape(value, (-1,))))
     return np.array(flat).reshape(value.shape)
+
+
+def _whole(value: Any) -> Any:
+    """Returns a tensor, with the parts of it that only other processes hold."""
+    if keras.backend.backend() != "jax" or value.is_fully_addressable or value.is_fully_replicated:
+        return value
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.process_allgather(value, tiled=True)
 
 
 def held_values(weight: keras.Variable) -> list[Any]:
@@ -531,7 +605,7 @@ def compiled_reading(
 
         def read_and_compute() -> Any:
             with jax.enable_x64(True):
-                return compiled([weight.value for weight in weights])
+                return _whole(compiled([weight.value for weight in weights]))
 
         return read_and_compute
     return lambda: function([keras.ops.stop_gradient(weight.value) for weight in weights])
@@ -572,6 +646,65 @@ def _backend_random_state() -> Callable[[], None]:
         state = torch.random.get_rng_state()
         return lambda: torch.random.set_rng_state(state)
     return lambda: None
+
+
+# Processes that train one model together, each started by itself.
+
+
+def _is_shared() -> bool:
+    """Whether other processes take part in the training: `keras.distribution`, on JAX."""
+    distribution = keras.distribution.distribution()
+    if distribution is None or keras.backend.backend() != "jax":
+        return False
+    return distribution.device_mesh.backend_mesh.is_multi_process
+
+
+def is_chief() -> bool:
+    """Whether this process is the one that prints and writes, of those that train one model."""
+    if not _is_shared():
+        return True
+    import jax
+
+    return jax.process_index() == 0
+
+
+def of_all(value: Any) -> np.ndarray:
+    """Returns what each process calls this with, the chief's first. They wait for each other.
+
+    Args:
+        value: A number or NumPy array, of one dtype and shape in all processes.
+
+    Returns:
+        A NumPy array with the processes along a new first axis.
+    """
+    array = np.asarray(value)
+    if not (_is_shared() and array.size):
+        return array[np.newaxis]
+    from jax.experimental import multihost_utils
+
+    # As bytes: JAX would round 64-bit numbers.
+    gathered = multihost_utils.process_allgather(np.frombuffer(array.tobytes(), "uint8"))
+    return np.ascontiguousarray(gathered).view(array.dtype).reshape(-1, *array.shape)
+
+
+def of_chief(value: Any) -> np.ndarray:
+    """Returns what the chief calls this with, in all processes."""
+    return of_all(value)[0]
+
+
+def in_all(function: Callable[[], Any]) -> Any:
+    """Returns what the function returns; raises in all processes if it raises in one.
+
+    One that raises alone leaves the others waiting for it until JAX gives up, minutes later.
+    """
+    result, failure = None, None
+    try:
+        result = function()
+    except ValueError as error:
+        failure = error
+    if of_all(failure is not None).any():
+        raise failure or RuntimeError("Another process of this run has failed; see what it says.")
+    return result
 
 
 # Data: what `fit` takes, as batches.

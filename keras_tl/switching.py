@@ -153,7 +153,8 @@ def renew_training(
     variables = model.trainable_variables
     old = internals.without_loss_scale(model.optimizer)
     with internals.strategy_scope(model):
-        if isinstance(old, GroupOptimizer) and learning_rate is None and optimizer is None:
+        keeps_groups = isinstance(old, GroupOptimizer) and learning_rate is None and not optimizer
+        if keeps_groups:
             groups = {name: renew_optimizer(one) for name, one in old.groups.items()}
             new = _continued(old, groups, old.assign, variables)
         else:
@@ -169,6 +170,8 @@ def renew_training(
                 new = GroupOptimizer(groups, assign={group: learning_rate})
         new = _loss_scaled_like(model.optimizer, new)
         _build(new, variables, model.optimizer)
+        if head_learning_rate is None and not keeps_groups:
+            internals.continue_averages(model.optimizer, new)
     internals.install_optimizer(model, new)
     internals.renew_functions(model, keep_evaluation=keep_evaluation)
 

@@ -10,6 +10,8 @@ import keras
 import numpy as np
 import pytest
 
+from keras_tl import internals
+
 hypothesis.settings.register_profile(
     "keras_tl",
     deadline=None,
@@ -30,6 +32,21 @@ def examples(count):
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(0)
+
+
+@pytest.fixture
+def batches_extracted(monkeypatch):
+    """A list that gets an entry for each batch of the data that goes through a backbone once."""
+    extracted, original = [], internals.predictions
+
+    def counted(model, batches):
+        for one in original(model, batches):
+            if not isinstance(batches, list):  # Which is a check on a batch, or a sample.
+                extracted.append(one)
+            yield one
+
+    monkeypatch.setattr(internals, "predictions", counted)
+    return extracted
 
 
 def as_bytes(weights):

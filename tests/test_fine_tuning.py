@@ -16,7 +16,6 @@ from keras_tl import (
     StaleCacheError,
     UnfreezeAtConvergence,
     fine_tune,
-    internals,
 )
 from tests import models, strategies
 from tests.conftest import examples, regression_data, values_of
@@ -34,20 +33,6 @@ def build(kinds=("dense", "batchnorm", "dropout", "dense"), optimizer=None, head
         optimizer = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))
     model.compile(optimizer or keras.optimizers.Adam(0.02), "mse", metrics=["mae"])
     return model
-
-
-@pytest.fixture
-def forward_passes(monkeypatch):
-    """A list that gets an entry for each batch that is extracted."""
-    run, original = [], internals.predictions
-
-    def counted(*arguments):
-        for one in original(*arguments):
-            run.append(one)
-            yield one
-
-    monkeypatch.setattr(internals, "predictions", counted)
-    return run
 
 
 class Events(keras.callbacks.Callback):
@@ -159,7 +144,7 @@ def test_all_epochs_in_the_frozen_stage():
     assert history.history["stage"] == [0, 0, 0]
 
 
-def test_the_backbone_does_not_run_in_the_frozen_stage(forward_passes):
+def test_the_backbone_does_not_run_in_the_frozen_stage(batches_extracted):
     calls = []
     model = build()
     wrapper = models.frozen_backbone_of(model)
@@ -173,18 +158,18 @@ def test_the_backbone_does_not_run_in_the_frozen_stage(forward_passes):
     model.compile("sgd", "mse", run_eagerly=True)
     history = fine_tune(model, X, Y, epochs=7, max_frozen_epochs=5, patience=9, **SETTINGS)
     assert history.history["stage"] == [0] * 5 + [1] * 2
-    assert len(forward_passes) == 5
+    assert len(batches_extracted) == 5
     # Two epochs of three steps and two validation steps, and the extraction of both data sets.
     assert len(calls) <= 2 * (3 + 2) + 5 + 3
 
 
-def test_features_in_cache_dir_are_used_again(tmp_path, forward_passes):
+def test_features_in_cache_dir_are_used_again(tmp_path, batches_extracted):
     run = {"epochs": 2, "max_frozen_epochs": 1, "cache_dir": tmp_path, **SETTINGS}
     first = fine_tune(build(), X, Y, **run).history
-    assert len(forward_passes) == 5
-    forward_passes.clear()
+    assert len(batches_extracted) == 5
+    batches_extracted.clear()
     assert fine_tune(build(), X, Y, **run).history == first
-    assert forward_passes == []
+    assert batches_extracted == []
     with pytest.raises(StaleCacheError, match="the inputs"):
         fine_tune(build(), X + 1, Y, **run)
 
@@ -225,10 +210,10 @@ def test_through_the_backbone_where_features_cannot_be_recorded(make, why, capsy
     assert "Epoch 4/4" in printed
 
 
-def test_views_of_augmented_data(forward_passes):
+def test_views_of_augmented_data(batches_extracted):
     history = fine_tune(noisy(), X, Y, epochs=4, max_frozen_epochs=2, views=3, **SETTINGS)
     assert history.history["stage"] == [0, 0, 1, 1]
-    assert len(forward_passes) == 3 * 3 + 2
+    assert len(batches_extracted) == 3 * 3 + 2
 
 
 def test_augmented_data_sets_train_through_the_backbone(capsys):
@@ -289,13 +274,13 @@ def test_a_plain_backbone_that_was_trainable():
     assert history.history["stage"] == [0, 0, 1, 1]
 
 
-def test_a_model_that_is_being_fine_tuned_goes_on(forward_passes):
+def test_a_model_that_is_being_fine_tuned_goes_on(batches_extracted):
     model = build()
     models.frozen_backbone_of(model).unfreeze()
     model.compile("adam", "mse")
     history = fine_tune(model, X, Y, epochs=2, **SETTINGS)
     assert history.history["stage"] == [1, 1]
-    assert forward_passes == []
+    assert batches_extracted == []
 
 
 def test_callbacks_see_the_whole_model(tmp_path):
@@ -363,15 +348,42 @@ def test_says_nothing_when_it_is_told_so(capsys):
         ({"epochs": 0}, "epochs"),
     ],
 )
-def test_bad_input_before_any_step(argument, message, forward_passes):
+def test_bad_input_before_any_step(argument, message, batches_extracted):
     model = build()
     before = values_of(model)
     with pytest.raises(ValueError, match=message):
         fine_tune(model, X, Y, **SETTINGS, **argument)
-    assert forward_passes == []
+    assert batches_extracted == []
     assert values_of(model) == before
 
 
 def test_a_model_that_is_not_compiled():
     with pytest.raises(ValueError, match="is not compiled. Call `compile` before"):
         fine_tune(models.functional_outer(FrozenBackbone(models.functional(["dense"]))), X, Y)
+
+
+def test_a_generator_that_ends_is_refused_before_any_step(batches_extracted):
+    with pytest.raises(ValueError, match="A generator needs `steps_per_epoch`"):
+        fine_tune(build(), generator(), validation_data=VALIDATION)
+    assert batches_extracted == []
+
+
+def test_one_callback_and_none():
+    one = Events()
+    for callbacks in (one, None):
+        run = {"epochs": 2, "max_frozen_epochs": 1, "callbacks": callbacks, **SETTINGS}
+        fine_tune(build(), X, Y, **run)
+    assert one.events[-1] == "train ends"
+
+
+def test_losses_before_the_split_count_in_both_stages():
+    def regularized():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        x = keras.layers.ActivityRegularization(l2=1.0)(inputs)
+        x = FrozenBackbone(models.functional(["dense"]))(x)
+        model = keras.Model(inputs, keras.layers.Dense(1)(x), name="functional")
+        model.compile(keras.optimizers.Adam(0.02), "mse", metrics=["mae"])
+        return model
+
+    check_same(epochs=4, build=regularized, max_frozen_epochs=2)

@@ -13,6 +13,7 @@ import keras
 import numpy as np
 
 from keras_tl import internals
+from keras_tl.features.probe import Probe, same_features
 from keras_tl.features.records import Records
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel, UncacheableError
@@ -61,6 +62,7 @@ class Extraction:
         self._dtype = dtype
         self._verbose = verbose
         self._extractor = split.extractor(training)
+        self._random = random
         self._check = None if random else _Constant(split.layers)
 
     def run(self) -> list[list[Shard]]:
@@ -128,9 +130,12 @@ class Extraction:
         for batch, features in internals.predictions(self._extractor, group):
             if self._check is not None:
                 self._check.raise_if_changed()
+                self._check_repeats(batch, features)
                 self._check = None  # One batch tells, and it costs as much as small batches do.
             arrays = self._arrays(batch, features)
-            records = self._store.records or self._store.create(*self._layout(arrays))
+            records = self._store.records or self._store.create(
+                *self._layout(arrays), self._probe(batch, features)
+            )
             packed.append(records.pack(arrays))
             samples.add(Samples.of(batch))
             progress.add(samples.batches[-1])
@@ -138,10 +143,35 @@ class Extraction:
                 break
         return samples, packed
 
+    def _check_repeats(self, batch: Any, features: dict[str, Any]) -> None:
+        """Raises an UncacheableError if the same batch gives other features now."""
+        ((_, again),) = internals.predictions(self._extractor, [batch])
+        if not same_features(features, again):
+            raise UncacheableError(
+                "The layers up to the backbone's outputs return something else each time that they "
+                "are called on the same batch: they draw random numbers, or are stateful. Recorded "
+                "once, every epoch would see the same. Pass `views=k` to record k passes, of which "
+                "each epoch draws; or train through the backbone."
+            )
+
+    def _probe(self, batch: Any, features: dict[str, Any]) -> Probe | None:
+        if self._random:
+            return None
+        x = keras.utils.unpack_x_y_sample_weight(batch)[0]
+        first, of_first = keras.tree.map_structure(lambda tensor: tensor[:1], (x, features))
+        return Probe(first, of_first)
+
     def _arrays(self, batch: Any, features: dict[str, Any]) -> list[np.ndarray]:
         _, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
         rest = [x.numpy() for x in keras.tree.flatten((y, weight)) if x is not None]
         arrays = [np.asarray(features[name]) for name in self._split.names]
+        samples = len(next(iter(keras.tree.flatten(batch))))
+        if any(array.ndim == 0 or len(array) != samples for array in arrays):
+            raise UncacheableError(
+                "The backbone must return one output for each sample, to be recorded with it. Of "
+                f"{samples} samples it returned outputs of shape "
+                f"{', '.join(str(array.shape) for array in arrays)}. Train through the backbone."
+            )
         for array in arrays + rest:
             if array.dtype.kind in "OSU":
                 raise UncacheableError(

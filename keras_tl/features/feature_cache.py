@@ -121,8 +121,10 @@ class FeatureCache:
             seed: Int. For the random orders.
             dtype: `"float16"` or `"bfloat16"`. The dtype to keep features in, at half the size;
                 they are read in their own. Defaults to `None`: their own.
-            views: Int k. Records k passes over data that goes through random layers, of which each
-                epoch draws one for every sample. Defaults to `None`: random layers are an error.
+            views: Int k. Records k passes over data that is augmented at random, in layers or as it
+                is read. Each epoch draws, for every position in the data, one of the k samples
+                there: data that is read in another order each time gives some of them twice.
+                Defaults to `None`: what is random is an error.
             training: Bool. Whether layers are called as in `fit`, or as in `evaluate`: pass `False`
                 for validation data if there are random layers. Defaults to `True`.
             shard: Tuple `(index, count)`. Extracts every `count`-th batch from that index on.
@@ -131,8 +133,9 @@ class FeatureCache:
                 the first data that this cache is called on, "1" for other data and so on.
             refresh: Bool. Whether features that are there are removed and recorded again.
             check_data: Bool. Whether the data is read (without the backbone) and compared with what
-                was recorded before; and data that is not arrays is read again after it was
-                recorded, to see that it is the same each time. Otherwise only shapes and dtypes are
+                was recorded before, and one recorded sample goes through the backbone again; and
+                data that is not arrays is read again after it was recorded, to see that it is the
+                same each time. Otherwise only shapes, dtypes, weights and configuration are
                 compared.
             verbose: 0 or 1. Whether there is a progress bar.
 
@@ -155,7 +158,7 @@ class FeatureCache:
             raise ValueError(
                 f"`views={views}` needs data that can be read more than once. Received a generator."
             )
-        identity = identity_of(self._split, source, dtype=dtype, views=passes, training=training)
+        identity = identity_of(self._split, source, dtype=dtype, views=views, training=training)
         store = self._store(identity, name or self._names.of(x), refresh)
         parts = Parts(
             self._split,

@@ -12,18 +12,21 @@ from keras_tl import internals
 from keras_tl.features.source import Source
 from keras_tl.features.splitting import SplitModel
 from keras_tl.messages import some
+from keras_tl.selecting import flatten_layers
 
 # How far layers are frozen changes nothing in what they return in `fit`, once nothing of them is
 # trained; names change with the order in which models are made.
-_LEFT_OUT = {"trainable", "trainable_flags", "hand_frozen"}
+_LEFT_OUT = {"trainable", "trainable_flags", "hand_frozen", "compile_config"}
+# Where a configuration names layers.
+_NAMING = {"keras_history", "input_layers", "output_layers"}
 
 
 def identity_of(
-    split: SplitModel, source: Source, *, dtype: str | None, views: int, training: bool
+    split: SplitModel, source: Source, *, dtype: str | None, views: int | None, training: bool
 ) -> dict[str, Any]:
     """Returns all that recorded features depend on but the samples, as JSON can hold it."""
     return {
-        "configuration": _configuration_digest(split.graph),
+        "configuration": _configuration_digest(split.graph, source.inputs),
         "weights": [
             [weight.path, hashlib.sha256(internals.on_host(weight).tobytes()).hexdigest()]
             for weight in split.graph.weights
@@ -64,22 +67,33 @@ def _shown(value: Any) -> str:
     return ", ".join(value) or "none" if isinstance(value, list) else str(value)
 
 
-def _configuration_digest(graph: keras.Model) -> str:
+def _configuration_digest(graph: keras.Model, inputs: Any) -> str:
     try:
         config: Any = graph.get_config()
     except NotImplementedError:
-        # A layer of one's own without a configuration is known by its class and its weights.
-        config = [type(layer).__qualname__ for layer in graph.layers]
+        config = [_config_of(layer) for layer in flatten_layers(graph)]
     names: dict[str, str] = {}
     _collect_names(config, names)
-    content = json.dumps(_without_names(config, names), sort_keys=True, default=str)
+    # Data by name goes to inputs by their names, whatever their order.
+    by_name = [x.name for x in graph.inputs] if isinstance(inputs, dict) else None
+    content = json.dumps([_unnamed(config, names), by_name], sort_keys=True, default=str)
     return hashlib.sha256(content.encode()).hexdigest()
 
 
+def _config_of(layer: keras.Layer) -> Any:
+    """The configuration of a layer; one of one's own without any is known by its class."""
+    kind = f"{type(layer).__module__}.{type(layer).__qualname__}"
+    try:
+        return {"class_name": kind, "config": layer.get_config()}
+    except NotImplementedError:
+        return kind
+
+
 def _collect_names(config: Any, names: dict[str, str]) -> None:
+    """Numbers the names of layers in the order in which they come."""
     if isinstance(config, dict):
-        if isinstance(config.get("name"), str):
-            names.setdefault(config["name"], f"#{len(names)}")
+        if _is_layer(config):
+            names.setdefault(config["config"]["name"], f"#{len(names)}")
         for value in config.values():
             _collect_names(value, names)
     elif isinstance(config, (list, tuple)):
@@ -87,13 +101,36 @@ def _collect_names(config: Any, names: dict[str, str]) -> None:
             _collect_names(value, names)
 
 
-def _without_names(config: Any, names: dict[str, str]) -> Any:
-    if isinstance(config, dict):
-        return {
-            names.get(key, key) if isinstance(key, str) else str(key): _without_names(value, names)
-            for key, value in config.items()
-            if key not in _LEFT_OUT
-        }
+def _is_layer(config: dict[str, Any]) -> bool:
+    inner = config.get("config")
+    is_policy = str(config.get("class_name")).endswith("Policy")
+    return isinstance(inner, dict) and isinstance(inner.get("name"), str) and not is_policy
+
+
+def _unnamed(config: Any, names: dict[str, str]) -> Any:
+    """Returns a configuration with numbers in place of layers' names, where those stand."""
     if isinstance(config, (list, tuple)):
-        return [_without_names(value, names) for value in config]
-    return names.get(config, config) if isinstance(config, str) else config
+        return [_unnamed(value, names) for value in config]
+    if not isinstance(config, dict):
+        return config
+    unnamed = {
+        str(key): _renamed(value, names) if key in _NAMING else _unnamed(value, names)
+        for key, value in config.items()
+        if key not in _LEFT_OUT
+    }
+    if _is_layer(config):
+        number = names[config["config"]["name"]]
+        unnamed["config"]["name"] = number
+        if "name" in unnamed:
+            unnamed["name"] = number
+    elif "layers" in unnamed:
+        unnamed.pop("name", None)  # The model itself.
+    return unnamed
+
+
+def _renamed(value: Any, names: dict[str, str]) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _renamed(one, names) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_renamed(one, names) for one in value]
+    return names.get(value, value) if isinstance(value, str) else value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from keras_tl.features.extraction import Extraction
+from keras_tl.features.probe import Probe
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel, UncacheableError
 from keras_tl.features.store import DiskStore, MemoryStore, Shard, ShardName
@@ -54,12 +55,12 @@ class Parts:
         wanted = [*range(count)] if shard is None else [shard[0]]
         there = {part: self._recorded(part, count) for part in wanted}
         parts = [there[part] or self._extract(part, count) for part in wanted]
-        if check_data and self._source.repeatable:
-            now = (0, 1) if shard is None else shard
-            if any(there.values()):
-                self._check_unchanged(parts, now)
-            elif not (self._random or self._source.fixed):
-                self._check_repeats(parts, now)
+        now = (0, 1) if shard is None else shard
+        if check_data and any(there.values()):
+            self._check_unchanged(parts, now)
+            self._check_same_backbone()
+        elif check_data and self._source.repeatable and not (self._random or self._source.fixed):
+            self._check_repeats(parts, now)
         return parts
 
     def _count_to_join(self) -> int:
@@ -95,6 +96,8 @@ class Parts:
         return passes
 
     def _extract(self, part: int, parts: int) -> list[list[Shard]]:
+        if isinstance(self._store, DiskStore):
+            self._store.reopen_part(part, parts)
         return Extraction(
             self._split,
             self._source,
@@ -112,10 +115,22 @@ class Parts:
         """Raises a StaleCacheError if the data is not what was recorded."""
         assert isinstance(self._store, DiskStore)
         first, *others = [_samples(parts, view) for view in range(self._views)]
-        changed = first.difference(self._source.samples(*now))
-        if changed is not None and not (first.count and any(map(first.difference, others))):
-            # Of data that was another in each pass, none can be the one that was recorded.
+        # What was another in each pass can be none of them now.
+        changed = first.difference(
+            self._source.samples(*now),
+            inputs=all(one.inputs == first.inputs for one in others),
+            targets=all(one.targets == first.targets for one in others),
+        )
+        if changed is not None:
             raise self._store.stale(changed)
+
+    def _check_same_backbone(self) -> None:
+        """Raises a StaleCacheError if the backbone makes something else of a recorded sample."""
+        assert isinstance(self._store, DiskStore)
+        extractor = self._split.extractor(self._training)
+        probe, inputs = self._store.probe, self._source.inputs
+        if probe is not None and Probe.differs(probe, extractor, inputs):
+            raise self._store.stale("what the layers up to the backbone's outputs compute")
 
     def _check_repeats(self, parts: list[list[list[Shard]]], now: tuple[int, int]) -> None:
         """Raises an UncacheableError if the data is not the same when it is read again."""

@@ -11,11 +11,13 @@ from typing import BinaryIO
 
 import numpy as np
 
+from keras_tl.errors import StaleCacheError
 from keras_tl.features.records import Records
 from keras_tl.features.store import Shard
 
 _OPEN_FILES = 128
 _ALIGNMENT = 64
+_KEPT = 8
 
 
 class RecordReader:
@@ -62,20 +64,28 @@ class RecordReader:
         return arrays
 
     def _read_record(self, shard: int, index: int, fields: Sequence[memoryview]) -> None:
-        file, offset = self._file(shard)
+        file = self._file(shard)
+        offset = len(self._shards[shard].header)
         file.seek(offset + index * self.records.dtype.itemsize)
         for field in fields:
             _fill(file, field)
 
-    def _file(self, shard: int) -> tuple[BinaryIO, int]:
-        path, offset = self._shards[shard].source
+    def _file(self, shard: int) -> BinaryIO:
         file = self._files.pop(shard, None)
         if file is None:
             if len(self._files) >= _OPEN_FILES:
                 self._files.popitem(last=False)[1].close()
-            file = path.open("rb", buffering=0)
+            file = self._opened(self._shards[shard])
         self._files[shard] = file
-        return file, offset
+        return file
+
+    def _opened(self, shard: Shard) -> BinaryIO:
+        file = shard.source.open("rb", buffering=0)
+        if file.read(len(shard.header)) != shard.header:
+            raise StaleCacheError(
+                f"{shard.source.name} was recorded again while it was in use. Call the cache again."
+            )
+        return file
 
 
 class _Buffers:
@@ -95,8 +105,13 @@ class _Buffers:
         memory = free.pop() if free else np.empty(size + _ALIGNMENT, np.uint8)
         begin = -memory.ctypes.data % _ALIGNMENT
         array = memory[begin : begin + size].view(dtype).reshape(shape)
-        weakref.finalize(array, free.append, memory).atexit = False
+        weakref.finalize(array, _put_back, free, memory).atexit = False
         return array
+
+
+def _put_back(free: list[np.ndarray], memory: np.ndarray) -> None:
+    if len(free) < _KEPT:
+        free.append(memory)
 
 
 def _bytes_of_rows(array: np.ndarray) -> list[memoryview]:

@@ -33,12 +33,20 @@ class Source:
 
     Raises:
         UncacheableError: If a part of the data is not a dense tensor.
+        ValueError: If the data has no end, and `steps` is None.
     """
 
     def __init__(
         self, x: Any, y: Any, sample_weight: Any, *, batch_size: int | None, steps: int | None
     ):
+        if y is not None and any(one is None for one in keras.tree.flatten(y)):
+            raise UncacheableError(
+                "Some of the targets are None, of which nothing can be recorded. Leave them out, "
+                "or train through the backbone."
+            )
         self._dataset, self.batches = internals.batches_of(x, y, sample_weight, batch_size, steps)
+        if self._dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+            raise ValueError("The data has no end. Pass `steps`, the number of batches to record.")
         self.repeatable = not isinstance(x, Iterator)
         self.fixed = all(hasattr(array, "shape") for array in keras.tree.flatten(x))
         self.spec = self._dataset.element_spec
@@ -48,6 +56,11 @@ class Source:
                     f"Features are recorded with dense tensors only. The data has {spec}. Turn it "
                     "into a dense tensor first."
                 )
+
+    @property
+    def inputs(self) -> Any:
+        """`tf.TypeSpec`s of the inputs, nested as they are."""
+        return keras.utils.unpack_x_y_sample_weight(self.spec)[0]
 
     def describe(self) -> dict[str, list[str]]:
         """Returns shapes and dtypes of a sample's inputs, and of what else there is."""
@@ -75,12 +88,14 @@ class Samples:
     Attributes:
         batches: List of ints. How many samples there are in each batch.
         inputs: Int. The sum over the inputs' fingerprints, modulo 2**64.
+        targets: Int. The sum over those of targets and sample weights.
         pairs: Int. The sum over those of the inputs with their targets and sample weights.
         ordered: String. A digest of all of them in their order.
     """
 
     batches: list[int] = dataclasses.field(default_factory=list)
     inputs: int = 0
+    targets: int = 0
     pairs: int = 0
     ordered: str = ""
 
@@ -91,14 +106,21 @@ class Samples:
         with tf.device("CPU:0"):
             inputs = _fingerprints(tf.nest.flatten(x))
             rest = [one for one in tf.nest.flatten((y, weight)) if one is not None]
-            pairs = _fingerprints([inputs, *rest]) if rest else inputs
-        pairs = pairs.numpy()
-        return cls([len(pairs)], _sum(inputs.numpy()), _sum(pairs), _digest(pairs.tobytes()))
+            targets = _fingerprints(rest) if rest else inputs
+            pairs = _fingerprints([inputs, targets]) if rest else inputs
+        return cls(
+            [int(inputs.shape[0])],
+            _sum(inputs.numpy()),
+            _sum(targets.numpy()),
+            _sum(pairs.numpy()),
+            _digest(pairs.numpy().tobytes()),
+        )
 
     def add(self, others: Samples) -> None:
         """Takes in the samples of further batches."""
         self.batches += others.batches
         self.inputs = (self.inputs + others.inputs) % 2**64
+        self.targets = (self.targets + others.targets) % 2**64
         self.pairs = (self.pairs + others.pairs) % 2**64
         self.ordered = _digest((self.ordered + others.ordered).encode())
 
@@ -107,13 +129,23 @@ class Samples:
         """Int. The number of samples."""
         return sum(self.batches)
 
-    def difference(self, now: Samples) -> str | None:
-        """Says what differs between these samples and others, but for their order."""
+    def difference(self, now: Samples, *, inputs: bool = True, targets: bool = True) -> str | None:
+        """Says what differs between these samples and others, but for their order.
+
+        Args:
+            now: The others.
+            inputs: Bool. Whether inputs are compared.
+            targets: Bool. Whether targets and sample weights are compared.
+        """
         if self.count != now.count:
             return f"the number of samples (recorded {self.count}, now {now.count})"
-        if self.inputs != now.inputs:
+        if inputs and self.inputs != now.inputs:
             return "the inputs"
-        return "the targets or sample weights" if self.pairs != now.pairs else None
+        if targets and self.targets != now.targets:
+            return "the targets or sample weights"
+        if inputs and targets and self.pairs != now.pairs:
+            return "the targets or sample weights (which go with other inputs)"
+        return None
 
 
 def _described(part: Any) -> list[str]:

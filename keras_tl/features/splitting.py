@@ -44,9 +44,10 @@ class SplitModel:
                 "Functional or a built Sequential model has a graph in which the backbone's "
                 "outputs can be found. Write it as one, or train through the backbone."
             )
-        if model.compiled and internals.has_own_train_step(model):
+        own = internals.own_methods(model)
+        if own:
             raise UncacheableError(
-                f'The model "{model.name}" (a {type(model).__name__}) has its own `train_step`, '
+                f'The model "{model.name}" (a {type(model).__name__}) has its own {some(own)}, '
                 "which its head would not have. Train through the backbone."
             )
         inputs = internals.graph_inputs(model)
@@ -63,8 +64,10 @@ class SplitModel:
             self._extractors = {
                 training: self._extractor(list(named), training) for training in (True, False)
             }
-            spec = self._extractors[True](keras.tree.map_structure(_placeholder, inputs))
+            symbolic = keras.tree.map_structure(_placeholder, inputs)
+            spec = self._extractors[True](symbolic)
             self.features = dict(spec)
+            self._check_no_loss(symbolic)
             self.head = _head(model, tensors, named, spec, outputs)
 
     @property
@@ -107,6 +110,15 @@ class SplitModel:
             f"{self._backbones.names} and train, so what is recorded would not stay right. Freeze "
             "their layers and compile the model again, or train through the backbone."
         )
+
+    def _check_no_loss(self, inputs: Any) -> None:
+        """Raises an UncacheableError if layers up to the split add to the loss."""
+        if internals.losses_of(self._extractors[True], inputs):
+            raise UncacheableError(
+                f"Layers up to the outputs of the backbone {self._backbones.names} add to the loss "
+                "(`activity_regularizer` or `add_loss`), which training on features would leave "
+                "out. Train through the backbone."
+            )
 
     def _extractor(self, names: list[str], training: bool) -> Extractor:
         extractor = Extractor(self._graph, names, training)

@@ -30,6 +30,7 @@ import numpy as np
 
 from keras_tl.errors import StaleCacheError
 from keras_tl.features.identity import differences, digest_of
+from keras_tl.features.probe import Probe
 from keras_tl.features.records import Field, Records
 from keras_tl.features.source import Samples
 from keras_tl.version import __version__
@@ -62,11 +63,13 @@ class Shard:
 
     Attributes:
         samples: `Samples` that it was made of.
-        source: The path of its file and where the records begin, or the records.
+        source: The path of its file, or the records.
+        header: The bytes of the file before the records, by which it is known again.
     """
 
     samples: Samples
     source: Any
+    header: bytes = b""
 
 
 class MemoryStore:
@@ -75,7 +78,7 @@ class MemoryStore:
     records: Records | None = None
     batches_per_shard: int
 
-    def create(self, records: Records, batches_per_shard: int) -> Records:
+    def create(self, records: Records, batches_per_shard: int, probe: Probe | None) -> Records:
         """Takes the layout of the records, and returns it."""
         self.records, self.batches_per_shard = records, batches_per_shard
         return records
@@ -113,6 +116,7 @@ class DiskStore:
         self._digest = digest_of(identity)
         self.records: Records | None = None
         self.batches_per_shard = 0
+        self.probe: list[Any] | None = None
 
     def open(self) -> None:
         """Takes the layout of the records from the manifest, if there is one that is whole."""
@@ -124,8 +128,9 @@ class DiskStore:
             raise self.stale("; ".join(changed))
         self.records = Records([Field.from_list(field) for field in manifest["fields"]])
         self.batches_per_shard = manifest["batches_per_shard"]
+        self.probe = manifest["probe"]
 
-    def create(self, records: Records, batches_per_shard: int) -> Records:
+    def create(self, records: Records, batches_per_shard: int, probe: Probe | None) -> Records:
         """Writes the manifest, unless another process has done so just now.
 
         Returns:
@@ -137,6 +142,7 @@ class DiskStore:
             "identity": self._identity,
             "fields": [field.to_list() for field in records.fields],
             "batches_per_shard": batches_per_shard,
+            "probe": None if probe is None else probe.to_list(),
         }
         self.open()
         if self.records is None:
@@ -196,7 +202,7 @@ class DiskStore:
         ).encode()
         prefix = _PREFIX.pack(len(header), zlib.crc32(header))
         self._put(str(name), [prefix, header, *[_bytes(batch) for batch in packed]])
-        return Shard(samples, (self.folder / str(name), len(prefix) + len(header)))
+        return Shard(samples, self.folder / str(name), prefix + header)
 
     def finish(self, part: int, parts: int, shards: Sequence[int]) -> None:
         """Notes that all shards of a part are there.
@@ -230,6 +236,10 @@ class DiskStore:
         """Removes all that was recorded, the manifest first."""
         self._remove(_MANIFEST, "part-*", ".*.tmp")
         self.records = None
+
+    def reopen_part(self, part: int, parts: int) -> None:
+        """Removes the note that a part is finished, before shards of it are written again."""
+        self._remove(_DONE.format(part=part, parts=parts))
 
     def delete_part(self, part: int, parts: int) -> None:
         """Removes what was recorded of a part, the note that it is finished first."""
@@ -265,7 +275,8 @@ class DiskStore:
 
     def _read(self, path: pathlib.Path) -> Shard:
         with path.open("rb") as file:
-            size, checksum = _PREFIX.unpack(file.read(_PREFIX.size))
+            prefix = file.read(_PREFIX.size)
+            size, checksum = _PREFIX.unpack(prefix)
             raw = file.read(size)
             if zlib.crc32(raw) != checksum:
                 raise ValueError("its header's checksum is wrong")
@@ -284,7 +295,7 @@ class DiskStore:
             raise ValueError(f"it has {length} bytes of records")
         if found != header["checksum"]:
             raise ValueError("its checksum is wrong")
-        return Shard(samples, (path, _PREFIX.size + size))
+        return Shard(samples, path, prefix + raw)
 
 
 def _bytes(array: np.ndarray) -> memoryview:

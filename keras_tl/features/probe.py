@@ -1,0 +1,78 @@
+"""One sample and its features, kept to see that the same backbone still makes them.
+
+What tells backbones apart, configuration and weights, does not hold all that layers can depend on:
+the body of a function, a vocabulary, an attribute of a layer of one's own.
+"""
+
+from __future__ import annotations
+
+import base64
+import dataclasses
+from typing import Any
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from keras_tl import internals
+
+# Of the largest number in a feature. Rounding differs between machines, in deep networks by some
+# 1e-5 in float32.
+_TOLERANCE, _TOLERANCE_OF_HALF = 1e-3, 5e-2
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """A sample and its features.
+
+    Attributes:
+        inputs: Tensors of a batch of one, nested as the model takes them.
+        features: Dictionary from names to arrays.
+    """
+
+    inputs: Any
+    features: dict[str, Any]
+
+    def to_list(self) -> list[Any]:
+        """Returns what JSON can hold."""
+        flat = keras.tree.flatten(self.inputs)
+        return [[_packed(x) for x in flat], {k: _packed(v) for k, v in self.features.items()}]
+
+    @staticmethod
+    def differs(data: list[Any], extractor: keras.Model, spec: Any) -> bool:
+        """Whether a model returns other features for a sample than those kept.
+
+        Args:
+            data: What `to_list` returned.
+            extractor: A model from inputs to a dictionary of features.
+            spec: Anything nested as the inputs are.
+        """
+        flat = [tf.io.parse_tensor(base64.b64decode(raw), dtype) for dtype, raw in data[0]]
+        inputs = keras.tree.pack_sequence_as(spec, flat)
+        ((_, now),) = internals.predictions(extractor, [(inputs,)])
+        before = {
+            name: tf.io.parse_tensor(base64.b64decode(raw), dtype).numpy()
+            for name, (dtype, raw) in data[1].items()
+        }
+        return not same_features(dict(zip(now, before.values(), strict=True)), now)
+
+
+def same_features(some: dict[str, Any], others: dict[str, Any]) -> bool:
+    """Whether features are the same but for rounding."""
+    return all(_same(np.asarray(some[name]), np.asarray(others[name])) for name in some)
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    half = one.dtype.itemsize == 2
+    one, other = one.astype("float64"), other.astype("float64")
+    scale = np.max(np.abs(one), initial=0.0, where=np.isfinite(one))
+    tolerance = scale * (_TOLERANCE_OF_HALF if half else _TOLERANCE)
+    return np.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _packed(x: Any) -> list[str]:
+    tensor = tf.convert_to_tensor(x)
+    raw = tf.io.serialize_tensor(tensor).numpy()
+    return [tensor.dtype.name, base64.b64encode(raw).decode()]
