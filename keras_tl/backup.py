@@ -32,13 +32,17 @@ class Backup:
 
     Args:
         folder: Path of the folder, which is made if it is not there.
+        writes: Bool. Whether snapshots are made and deleted, and not only loaded. Defaults to
+            `True`.
 
     Raises:
         ValueError: If nothing can be written there.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]):
+    def __init__(self, folder: str | os.PathLike[str], *, writes: bool = True):
         self.folder = pathlib.Path(folder)
+        if not writes:
+            return
         probe = self.folder / ".probe"
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -77,12 +77,12 @@ class Fingerprints:
         self._parts = _parts(self.weights)
         random = np.random.default_rng()
         keys = random.integers(-(2**31), 2**31 - 1, (_ROWS, _COLUMNS), dtype="int32")
-        self._row_keys = keys + (keys >= 0)
         blocks = max((part.blocks for part in self._parts), default=0)
-        self._block_keys = 1 | random.integers(
-            -(2**63), 2**63 - 1, blocks, dtype="int64", endpoint=True
-        )
+        odd = 1 | random.integers(-(2**63), 2**63 - 1, blocks, dtype="int64", endpoint=True)
         if self._parts:
+            # Processes that share a model must run one program, and so have the same keys in it.
+            self._row_keys = internals.of_chief(keys + (keys >= 0))
+            self._block_keys = internals.of_chief(odd)
             self._fold = internals.fused(_fold)
             self._compute = internals.compiled_reading(self.weights, self._fold_parts)
 

@@ -7,12 +7,19 @@ from collections.abc import Sequence
 
 import keras
 
+from keras_tl import internals
+
 _logger = logging.getLogger("keras_tl")
 _NAMES_SHOWN = 3
 
 
 def say(message: str) -> None:
-    """Prints the message, or logs it where Keras' interactive logging is switched off."""
+    """Prints the message, or logs it where Keras' interactive logging is switched off.
+
+    Of several processes that train one model, only the first does.
+    """
+    if not internals.is_chief():
+        return
     if keras.config.is_interactive_logging_enabled():
         print(message, flush=True)
     else:

@@ -29,6 +29,20 @@ def examples(count):
     return count * int(os.environ.get("KERAS_TL_EXAMPLES", "1"))
 
 
+def seeded_dropout(rate):
+    """Dropout that two runs from the same seeds share.
+
+    On torch Keras draws it from a global generator, whatever the layer's seed, from which other
+    steps of a run draw too: there it is off.
+    """
+    return keras.layers.Dropout(0.0 if keras.backend.backend() == "torch" else rate)
+
+
+def only_on(backend, reason):
+    """Marks a test of what one backend does, and says why the others do not."""
+    return pytest.mark.skipif(keras.backend.backend() != backend, reason=reason)
+
+
 @pytest.fixture(autouse=True)
 def _seeded():
     keras.utils.set_random_seed(0)
@@ -89,3 +103,20 @@ class Scripted(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         logs[self.name] = self.values[epoch]
+
+
+SEVERAL_STEPS = pytest.mark.skipif(
+    keras.backend.backend() == "torch",
+    reason="Keras on torch takes one step at a time: `steps_per_execution` must be 1.",
+)
+
+
+def forget_compiled():
+    """Has torch compile from the start again, as in a new process.
+
+    What it has compiled often it runs uncompiled from then on, which rounds in another way.
+    """
+    if keras.backend.backend() == "torch":
+        import torch
+
+        torch.compiler.reset()

@@ -5,7 +5,7 @@ import tensorflow as tf
 
 from keras_tl import ConvergenceMonitor, FrozenBackbone, UnfreezeAtConvergence, renew_optimizer
 from tests import models
-from tests.conftest import Recorder, regression_data, values_of
+from tests.conftest import Recorder, only_on, regression_data, values_of
 
 X, Y = regression_data(24, seed=1)
 VALIDATION = regression_data(16, seed=2)
@@ -66,6 +66,7 @@ def fit(model):
     return recorder.records, callback.transitions[0].epoch
 
 
+@only_on("tensorflow", "The loop is one of TensorFlow's.")
 def test_a_loop_with_two_stages_gets_the_weights_that_fit_gets():
     records, switched = loop(*build())
     expected, expected_switch = fit(build()[0])

@@ -6,7 +6,9 @@ import pytest
 
 from keras_tl import FreezeGuard, FrozenWeightsChangedError, StaleCompileError
 from keras_tl.diagnosis import stale_compile
-from tests.conftest import regression_data
+from tests.conftest import only_on, regression_data
+
+OWN_STEP = only_on("tensorflow", "A step of one's own is written for one backend.")
 
 
 def layers():
@@ -29,6 +31,7 @@ def train_steps(model):
     model.fit(x, y, batch_size=4, callbacks=[FreezeGuard(verbose=0)], verbose=0)
 
 
+@OWN_STEP
 def test_a_step_that_trains_some_of_the_weights_is_not_stale():
     model = TrainsTheHead([keras.Input((4,)), *layers()])
     model.compile("sgd", "mse")
@@ -37,6 +40,7 @@ def test_a_step_that_trains_some_of_the_weights_is_not_stale():
     train_steps(model)
 
 
+@OWN_STEP
 def test_such_a_step_is_stale_once_flags_have_changed():
     model = TrainsTheHead([keras.Input((4,)), *layers()])
     model.compile("sgd", "mse")

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from tests import models, strategies
-from tests.conftest import as_bytes, examples, regression_data, values_of
+from tests.conftest import as_bytes, examples, regression_data, seeded_dropout, values_of
 
 eagerly = st.sampled_from([True, True, True, False])
 
@@ -26,7 +26,7 @@ def train(model, optimizer, loss, epochs, run_eagerly, *callbacks):
 
 
 def head():
-    return [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]
+    return [keras.layers.BatchNormalization(), seeded_dropout(0.5)]
 
 
 @given(

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
 from tests import models, strategies
-from tests.conftest import Recorder, examples, regression_data, values_of
+from tests.conftest import Recorder, examples, regression_data, seeded_dropout, values_of
 
 EPOCHS = 6
 X, Y = regression_data(24, seed=1)
@@ -30,7 +30,7 @@ def build(kinds, outer, seed, optimizer, run_eagerly, regularized):
         for weight in wrapper.backbone.weights:
             if weight.name == "kernel":
                 weight.regularizer = keras.regularizers.L2(0.1)
-    model = outer(wrapper, [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)])
+    model = outer(wrapper, [keras.layers.BatchNormalization(), seeded_dropout(0.5)])
     model(X)
     # A configuration and not an optimizer, of which each route needs one of its own.
     optimizer = keras.optimizers.deserialize(keras.optimizers.serialize(optimizer))

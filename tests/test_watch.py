@@ -17,18 +17,23 @@ def dense():
 def in_place(layer):
     optimizer = keras.optimizers.Adam(0.1)
     optimizer.build(layer.trainable_variables)
-    gradients = [keras.ops.ones_like(weight) for weight in layer.trainable_variables]
+    gradients = [keras.ops.ones(weight.shape) for weight in layer.trainable_variables]
     optimizer.apply(gradients, layer.trainable_variables)
 
 
 WAYS = {
     "assign": lambda layer: layer.kernel.assign(layer.kernel * 2 + 1),
     "assign_add": lambda layer: layer.kernel.assign_add(np.ones((4, 3))),
-    "of the backend": lambda layer: layer.kernel.value.assign_sub(np.ones((4, 3), "float32")),
-    "a slice": lambda layer: layer.kernel.value[1:2].assign(np.ones((1, 3), "float32")),
     "optimizer": in_place,
     "set_weights": lambda layer: layer.set_weights([np.ones((4, 3)), np.ones(3)]),
 }
+if keras.backend.backend() == "tensorflow":
+    ones = np.ones((4, 3), "float32")
+    WAYS["of the backend"] = lambda layer: layer.kernel.value.assign_sub(ones)
+    WAYS["a slice"] = lambda layer: layer.kernel.value[1:2].assign(ones[:1])
+if keras.backend.backend() == "torch":
+    WAYS["of the backend"] = lambda layer: layer.kernel.value.data.sub_(1)
+    WAYS["a slice"] = lambda layer: layer.kernel.value.data[1:2].fill_(1)
 
 
 @pytest.mark.parametrize("way", WAYS)

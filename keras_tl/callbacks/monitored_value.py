@@ -7,6 +7,8 @@ from typing import Any
 
 import keras
 
+from keras_tl import internals
+
 
 class MonitoredValue:
     """Reads the monitored quantity from the logs, and knows which way it improves.
@@ -49,6 +51,9 @@ class MonitoredValue:
     def read(self, logs: dict[str, Any], *, last_epoch: bool) -> float | None:
         """Returns the value, or None in an epoch in which `fit` did not validate.
 
+        Of several processes that train one model, the first one's: all must decide the same, and
+        what another callback puts into the logs may differ, as may rounding on unlike machines.
+
         Args:
             logs: The epoch's logs.
             last_epoch: Bool. Whether no epoch comes after it.
@@ -59,7 +64,7 @@ class MonitoredValue:
         """
         if self._monitor in logs:
             self._seen = True
-            return float(logs[self._monitor])
+            return float(internals.of_chief(float(logs[self._monitor])))
         if self._seen:
             return None
         message = (

@@ -34,6 +34,9 @@ class RunSnapshot:
 class RunBackup:
     """Keeps the state of a `fit` in a folder.
 
+    Of several processes that train one model, the first writes, and all load: they must see one
+    folder. Each must call every method.
+
     Args:
         folder: Path of the folder.
         model: The model.
@@ -44,7 +47,7 @@ class RunBackup:
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: keras.Model, **settings: Any):
-        self._backup = Backup(folder)
+        self._backup = internals.in_all(lambda: Backup(folder, writes=internals.is_chief()))
         self._model = model
         self._settings = settings
         self._failed = False
@@ -61,6 +64,8 @@ class RunBackup:
             "model": [internals.on_host(one) for one in self._model.variables],
             "optimizer": [internals.on_host(one) for one in self._model.optimizer.variables],
         }
+        if not internals.is_chief():
+            return
         content = {"settings": self._settings, "variables": self._variables(), "run": state}
         try:
             self._backup.save(epoch, content, arrays)
@@ -77,9 +82,11 @@ class RunBackup:
         """Returns the newest snapshot that is of use, and warns of newer ones; None without any.
 
         Raises:
-            ValueError: If there are snapshots, and none is of use.
+            ValueError: If there are snapshots, and none is of use; and if another process sees
+                others.
         """
-        found = self._backup.load(self._why_not)
+        found = internals.in_all(lambda: self._backup.load(self._why_not))
+        self._check_all_see(0 if found is None else found[0]["epoch"])
         if found is None:
             return None
         state, arrays, refused = found
@@ -89,7 +96,20 @@ class RunBackup:
 
     def delete(self) -> None:
         """Removes the snapshots."""
-        self._backup.delete()
+        if internals.is_chief():
+            self._backup.delete()
+        internals.of_all(0)  # Lest a process finds them in a `fit` that follows.
+
+    def _check_all_see(self, epoch: int) -> None:
+        """Raises a ValueError in all processes unless they would go on after the same epoch."""
+        epochs = internals.of_all(epoch).tolist()
+        if len(set(epochs)) > 1:
+            seen = [f"epoch {one}" if one else "none" for one in epochs]
+            raise ValueError(
+                f"`backup_dir={self.folder!r}` is not the same folder for all processes that train "
+                f"this model. They see, from the first on: {', '.join(seen)}. Pass a folder on a "
+                "disk that all machines share."
+            )
 
     def _variables(self) -> list[list[Any]]:
         """What tells models apart: not the whole names, which count up in a process."""

@@ -510,7 +510,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             after = self.model.trainable_weights
             offset += switching.regularization_loss(without(after, before))
             offset -= switching.regularization_loss(without(before, after))
-        self._progress.best.begin_stage(self._changeable, offset)
+        self._progress.best.begin_stage(self._changeable, float(internals.of_chief(offset)))
 
     # Messages.
 

@@ -147,6 +147,10 @@ class Extraction:
         """Raises an UncacheableError if the same batch gives other features now."""
         ((_, again),) = internals.predictions(self._extractor, [batch])
         if not same_features(features, again):
+            # Which may not show in their seeds: on torch, Keras draws Dropout from elsewhere.
+            random = [layer.name for layer in self._split.layers if internals.seed_states(layer)]
+            if random:
+                raise _random_layers_error(random)
             raise UncacheableError(
                 "The layers up to the backbone's outputs return something else each time that they "
                 "are called on the same batch: they draw random numbers, or are stateful. Recorded "
@@ -205,12 +209,7 @@ class _Constant:
         """Raises an UncacheableError if a layer has changed, after putting it back."""
         random = _changed(self._random)
         if random:
-            raise UncacheableError(
-                f"The layers {some(random)} come before the backbone's outputs and are "
-                "random: recorded once, every epoch would see the same. Pass `views=k` to record k "
-                "random passes, of which each epoch draws; or move them out of the model, or train "
-                "through the backbone. Dropout in a backbone is off in a FrozenBackbone."
-            )
+            raise _random_layers_error(random)
         other = _changed(self._other)
         if other:
             raise UncacheableError(
@@ -218,6 +217,16 @@ class _Constant:
                 "their own state in training, so what is recorded would not stay right. Freeze "
                 "them and compile the model again, or train through the backbone."
             )
+
+
+def _random_layers_error(names: Sequence[str]) -> UncacheableError:
+    """Returns the error that names layers that are random."""
+    return UncacheableError(
+        f"The layers {some(names)} come before the backbone's outputs and are "
+        "random: recorded once, every epoch would see the same. Pass `views=k` to record k "
+        "random passes, of which each epoch draws; or move them out of the model, or train "
+        "through the backbone. Dropout in a backbone is off in a FrozenBackbone."
+    )
 
 
 def _values(

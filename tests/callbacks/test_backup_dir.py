@@ -19,7 +19,15 @@ from keras_tl import (
 )
 from keras_tl import backup as backup_module
 from tests import models
-from tests.conftest import Recorder, examples, regression_data, values_of
+from tests.conftest import (
+    SEVERAL_STEPS,
+    Recorder,
+    examples,
+    forget_compiled,
+    regression_data,
+    seeded_dropout,
+    values_of,
+)
 
 X, Y = regression_data(24)
 EPOCHS = 6
@@ -45,10 +53,12 @@ class InterruptAt(keras.callbacks.Callback):
 
 
 def build(optimizer=None, plain=False, **compile_arguments):
+    forget_compiled()
     keras.utils.set_random_seed(0)
     backbone = models.functional(["dense", "batchnorm", "dense"])
     backbone = backbone if plain else FrozenBackbone(backbone)
-    head = [keras.layers.BatchNormalization(momentum=0.5), keras.layers.Dropout(0.3)]
+    # Not drawn from the layer's seed, as on torch, it could not be drawn again in a resumed run.
+    head = [keras.layers.BatchNormalization(momentum=0.5), seeded_dropout(0.3)]
     model = models.functional_outer(backbone, head)
     model.compile(optimizer or keras.optimizers.Adam(0.02), "mse", **compile_arguments)
     return model, backbone
@@ -69,7 +79,8 @@ def fit(model, *callbacks, epochs=EPOCHS, **arguments):
 
 
 def callback(folder=None, **arguments):
-    settings = {"patience": 0, "verbose": 0}
+    # By the fourth epoch there is a switch, whatever weights a backend begins with.
+    settings = {"patience": 0, "max_frozen_epochs": 3, "verbose": 0}
     if "stages" not in arguments:
         settings["learning_rate"] = 5e-3
     return UnfreezeAtConvergence(backup_dir=folder, **settings | arguments)
@@ -172,7 +183,12 @@ def test_the_property_above_interrupts_in_each_stage(tmp_path):
 
 @pytest.mark.parametrize(
     "compile_arguments",
-    [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 3}, {"plain": True}],
+    [
+        {"run_eagerly": True},
+        {"jit_compile": True},
+        pytest.param({"steps_per_execution": 3}, marks=SEVERAL_STEPS),
+        {"plain": True},
+    ],
     ids=str,
 )
 def test_in_other_ways_of_training(tmp_path, compile_arguments):
@@ -392,7 +408,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp
     assert values_of(model) == before
 
 
-def test_a_model_that_is_not_built_cannot_resume(tmp_path):
+def test_a_model_that_is_not_built_when_callbacks_begin_cannot_resume(tmp_path):
     def subclassed():
         wrapper = FrozenBackbone(models.Subclassed(["dense"]))
         model = models.SubclassedOuter(wrapper)
@@ -401,10 +417,13 @@ def test_a_model_that_is_not_built_cannot_resume(tmp_path):
 
     with pytest.raises(Interruption):
         fit(subclassed(), callback(tmp_path), InterruptAt("on_epoch_end", 2))
-    with pytest.raises(ValueError, match="is not built, so nothing can be restored"):
-        fit(subclassed(), callback(tmp_path))
     model = subclassed()
-    model(X)
+    if keras.backend.backend() == "tensorflow":
+        # Elsewhere Keras builds it before callbacks begin.
+        with pytest.raises(ValueError, match="is not built, so nothing can be restored"):
+            fit(model, callback(tmp_path))
+        model = subclassed()
+        model(X)
     assert len(fit(model, callback(tmp_path))["loss"]) == EPOCHS - 2
 
 

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_tl import FeatureCache, FrozenBackbone
 from tests import models
-from tests.conftest import regression_data, values_of
+from tests.conftest import only_on, regression_data, values_of
 
 X, Y = regression_data(20)
 
@@ -97,6 +97,7 @@ def augmented():
     return data.map(lambda x, y: (augment(x, training=True), y))
 
 
+@only_on("tensorflow", "A Keras layer in tf.data.")
 def test_data_that_is_another_each_time_is_refused():
     cache = FeatureCache(models.functional_outer(FrozenBackbone(models.functional(["dense"]))))
     with pytest.raises(ValueError, match="with other values each time.*`views=k`"):

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
 from keras_tl.features import extraction
 from tests import models
-from tests.conftest import regression_data
+from tests.conftest import only_on, regression_data
 
 X, Y = regression_data(22)
 
@@ -95,7 +95,7 @@ def test_a_function_that_computes_something_else_is_seen(tmp_path, monkeypatch):
     record(wrapped(keras.layers.Lambda(by_a_global)), tmp_path, check_data=False)
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Strings are TensorFlow's.")
+@only_on("tensorflow", "Strings are TensorFlow's.")
 def test_another_vocabulary_is_seen(tmp_path):
     def model(words):
         lookup = keras.layers.StringLookup(vocabulary=words)
@@ -153,7 +153,7 @@ def augmented(x, y):
     return data.map(lambda x, y: (augment(x, training=True), y))
 
 
-@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="A Keras layer in tf.data.")
+@only_on("tensorflow", "A Keras layer in tf.data.")
 @pytest.mark.parametrize(
     "other, message",
     [((X[:10], Y[:10]), "the number of samples"), ((X, Y + 1000), "the targets")],

@@ -3,7 +3,6 @@ import re
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from keras_tl import FrozenBackbone
 from tests import models
@@ -42,6 +41,10 @@ def train(model, epochs=2, **compile_arguments):
     model.fit(*regression_data(), batch_size=8, epochs=epochs, shuffle=False, verbose=0)
 
 
+def values(tensor):
+    return np.asarray(keras.ops.convert_to_numpy(tensor))
+
+
 def paths(layer):
     return [w.path for w in layer.trainable_weights]
 
@@ -54,10 +57,10 @@ def test_starts_frozen(base):
 
 def test_outputs_what_the_backbone_outputs_in_inference(base):
     x, _ = regression_data()
-    expected = base(x, training=False).numpy().tobytes()
+    expected = values(base(x, training=False)).tobytes()
     wrapper = FrozenBackbone(base)
-    assert wrapper(x).numpy().tobytes() == expected
-    assert wrapper(x, training=True).numpy().tobytes() == expected
+    assert values(wrapper(x)).tobytes() == expected
+    assert values(wrapper(x, training=True)).tobytes() == expected
 
 
 def test_unfreeze_returns_the_layers_from_input_to_output(base):
@@ -90,16 +93,35 @@ def test_trainable_argument_unfreezes_all(base):
     assert "norm/gamma" in paths(FrozenBackbone(base, trainable=True))
 
 
+def gradient_reaches(x, function):
+    """Whether there is a gradient of what the function makes of `x` with respect to `x`."""
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        x = tf.constant(x)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = function(x)
+        return tape.gradient(y, x) is not None
+    if keras.backend.backend() == "jax":
+        import jax
+
+        return bool(jax.grad(lambda x: keras.ops.sum(function(x)))(x).any())
+    import torch
+
+    x = torch.tensor(x, requires_grad=True)
+    y = function(x)
+    if y.requires_grad:
+        y.sum().backward()
+    return x.grad is not None
+
+
 @pytest.mark.parametrize("unfreeze", [False, True])
 def test_gradients_reach_the_inputs_only_once_something_is_unfrozen(base, unfreeze):
     wrapper = FrozenBackbone(base)
     if unfreeze:
         wrapper.unfreeze("b")
-    x = tf.constant(regression_data()[0])
-    with tf.GradientTape() as tape:
-        tape.watch(x)
-        y = wrapper(x)
-    assert (tape.gradient(y, x) is not None) == unfreeze
+    assert gradient_reaches(regression_data()[0], wrapper) == unfreeze
 
 
 @pytest.mark.parametrize("inference_mode", ["always", "batchnorm"])
@@ -221,7 +243,7 @@ def test_mask_of_the_backbone_reaches_the_head():
     outer = keras.Input((4,), dtype="int32")
     model = keras.Model(outer, head(FrozenBackbone(base)(outer)))
     model(tokens)
-    assert head.mask.numpy().tolist() == [[True, True, False, False]]
+    assert values(head.mask).tolist() == [[True, True, False, False]]
 
 
 def test_several_inputs_in_a_dict():
@@ -244,15 +266,16 @@ def test_takes_the_dtype_policy_of_the_backbone():
         keras.config.set_dtype_policy("float32")
     wrapper = FrozenBackbone(base)
     assert wrapper.dtype_policy.name == "mixed_float16"
-    assert wrapper(regression_data()[0]).dtype == "float16"
+    output = wrapper(regression_data()[0])
+    assert keras.backend.standardize_dtype(output.dtype) == "float16"
     assert wrapper(keras.Input((4,))).dtype == "float16"
 
 
 def test_does_not_cast_what_a_float32_backbone_gets_in_a_float16_model(base):
     x, _ = regression_data()
-    expected = base(x).numpy()
+    expected = values(base(x))
     wrapper = FrozenBackbone(base, dtype="mixed_float16")
-    assert np.array_equal(wrapper(x), expected)
+    assert np.array_equal(values(wrapper(x)), expected)
 
 
 def test_wraps_a_single_layer():
@@ -351,17 +374,17 @@ def test_shared_wrapper_called_twice(base):
 
 
 def test_the_head_trains_as_it_would_without_the_wrapper():
-    def build(wrap):
+    def trained(wrap):
+        # On torch, Dropout draws from a global generator: nothing else may draw in between.
         keras.utils.set_random_seed(1)
         base = models.functional(["dense", "batchnorm", "dense"])
         base.trainable = False
         head = [keras.layers.BatchNormalization(), keras.layers.Dropout(0.5)]
-        return models.functional_outer(FrozenBackbone(base) if wrap else base, head)
+        model = models.functional_outer(FrozenBackbone(base) if wrap else base, head)
+        train(model)
+        return values_of(model)
 
-    plain, wrapped = build(False), build(True)
-    train(plain)
-    train(wrapped)
-    assert values_of(wrapped) == values_of(plain)
+    assert trained(wrap=True) == trained(wrap=False)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, GroupOptimizer, layerwise_learning_rates
 from keras_tl.learning_rates import LayerwiseLearningRates
-from tests.conftest import as_bytes, regression_data, values_of
+from tests.conftest import SEVERAL_STEPS, as_bytes, regression_data, values_of
 from tests.optimizers.test_group_optimizer import OPTIMIZERS, SETTINGS
 
 LAYERS = ("a", "b", "c")
@@ -91,7 +91,12 @@ def fit(model, epochs=2):
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"run_eagerly": True}, {"jit_compile": True}, {"steps_per_execution": 4}]
+    "arguments",
+    [
+        {"run_eagerly": True},
+        {"jit_compile": True},
+        pytest.param({"steps_per_execution": 4}, marks=SEVERAL_STEPS),
+    ],
 )
 def test_in_fit_as_in_a_loop(arguments):
     model, plain = build(**arguments), build()
