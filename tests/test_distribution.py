@@ -7,6 +7,10 @@ import textwrap
 
 import pytest
 
+from tests.conftest import only_on
+
+pytestmark = only_on("tensorflow", "MirroredStrategy is TensorFlow's.")
+
 PREPARATION = """
     import hashlib
     import numpy as np, keras, tensorflow as tf

@@ -11,6 +11,7 @@ import time
 import numpy as np
 import pytest
 
+from tests.conftest import only_on
 from tests.distributed_run import (
     BATCH,
     DIES_IN,
@@ -20,6 +21,8 @@ from tests.distributed_run import (
     PATIENCE,
     SAMPLES,
 )
+
+pytestmark = only_on("jax", "keras.distribution trains on JAX.")
 
 # All that distributing may change is the order in which a batch is summed up. A sum of `BATCH`
 # numbers of order one then differs by at most `BATCH` roundings; Adam makes at most

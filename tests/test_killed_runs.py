@@ -10,7 +10,10 @@ import time
 
 import pytest
 
+from tests.conftest import only_on
 from tests.killed_run import EPOCHS
+
+pytestmark = only_on("tensorflow", "Files are written alike on every backend.")
 
 
 def start(folder, *place):

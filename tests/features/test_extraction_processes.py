@@ -9,6 +9,10 @@ import time
 
 import pytest
 
+from tests.conftest import only_on
+
+pytestmark = only_on("tensorflow", "Files are written alike on every backend.")
+
 
 def start(folder, *arguments):
     return subprocess.Popen(
