@@ -12,7 +12,6 @@ import signal
 import sys
 import time
 
-import jax
 import keras
 import numpy as np
 import tensorflow as tf
@@ -46,6 +45,8 @@ def join(settings, process):
     if settings["dies"] is None:
         keras.distribution.initialize(address, processes, process)
         return
+    import jax
+
     # What Keras calls, which has no setting for this. JAX would wait for 100 and 300 seconds.
     jax.distributed.initialize(
         address,
@@ -75,6 +76,8 @@ class Misled(keras.callbacks.Callback):
     """Has all processes but the first see a `val_loss` that goes on falling."""
 
     def on_epoch_end(self, epoch, logs=None):
+        import jax
+
         logs["measured"] = logs["val_loss"]
         logs["val_loss"] -= jax.process_index() * epoch
 
