@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_tl import FrozenBackbone, freezing, internals, renew_optimizer, switching
+from keras_tl import (
+    FrozenBackbone,
+    UnfreezeAtConvergence,
+    freezing,
+    internals,
+    layerwise_learning_rates,
+    renew_optimizer,
+    switching,
+)
 from tests import models, strategies
 from tests.conftest import as_bytes, regression_data
 
@@ -213,3 +221,38 @@ def test_regularization_loss_is_what_keras_adds_when_weights_become_trainable(ki
 
 def test_exclusions_are_unknown_for_an_optimizer_without_any():
     assert not hasattr(renew_optimizer(keras.optimizers.SGD(0.1)), "_exclude_from_weight_decay")
+
+
+class Averages(keras.callbacks.Callback):
+    """Notes weights and their averages after each step."""
+
+    def __init__(self):
+        super().__init__()
+        self.records = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        pairs = internals.averages(self.model.optimizer)
+        self.records.append({v.path: (np.array(v), np.array(average)) for v, average in pairs})
+
+
+@pytest.mark.parametrize("by_layer", [False, True])
+def test_averages_of_weights_that_keep_training_go_on(by_layer):
+    model, wrapper = compiled_model(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5))
+    rate = layerwise_learning_rates(wrapper, 1e-2, 0.5) if by_layer else 1e-2
+    records = Averages()
+    switch = UnfreezeAtConvergence(rate, max_frozen_epochs=2, restore_best_weights=False, verbose=0)
+    x, y = regression_data()
+    fit = {"validation_data": (x, y), "callbacks": [switch, records], "verbose": 0}
+    model.fit(x, y, batch_size=16, epochs=4, **fit)
+
+    _, last_frozen, first_tuned, second_tuned = records.records
+    assert len(last_frozen) == 2 < len(first_tuned)
+    for path, (weight, average) in first_tuned.items():
+        if path in last_frozen:
+            expected = 0.5 * last_frozen[path][1] + 0.5 * weight
+            assert not np.allclose(average, weight)
+        else:
+            expected = weight  # As at the first step of any optimizer.
+        np.testing.assert_allclose(average, expected, rtol=1e-5)
+        weight, average_then = second_tuned[path]
+        np.testing.assert_allclose(average_then, 0.5 * average + 0.5 * weight, rtol=1e-5)
