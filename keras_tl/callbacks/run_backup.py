@@ -47,6 +47,7 @@ class RunBackup:
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: keras.Model, **settings: Any):
+        # No process goes on to load before the first has deleted what an earlier `fit` has left.
         self._backup = internals.in_all(lambda: Backup(folder, writes=internals.is_chief()))
         self._model = model
         self._settings = settings
@@ -98,7 +99,6 @@ class RunBackup:
         """Removes the snapshots."""
         if internals.is_chief():
             self._backup.delete()
-        internals.of_all(0)  # Lest a process finds them in a `fit` that follows.
 
     def _check_all_see(self, epoch: int) -> None:
         """Raises a ValueError in all processes unless they would go on after the same epoch."""

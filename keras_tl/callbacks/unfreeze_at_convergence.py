@@ -94,7 +94,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             epoch: weights, optimizer, stage, counters, best weights. The same `fit`, started again
             after it was interrupted or killed, goes on from there with the next epoch. Weights and
             random seeds of the model are restored bit for bit; data that is shuffled at random
-            starts over. `BackupAndRestore` is not needed. Defaults to `None`: no backup.
+            starts over. `BackupAndRestore` is not needed. Of several processes that train together,
+            all must see the folder; the first writes. Defaults to `None`: no backup.
         save_freq: `"epoch"`, the only one of `BackupAndRestore`'s settings from which a run can go
             on exactly. Defaults to `"epoch"`.
         delete_checkpoint: Bool. Whether the backup is deleted when training has ended. Defaults to
