@@ -12,23 +12,22 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from examples.digits import HEAD_RATE, compiled, load, make_backbone
 from keras_tl import FeatureCache, FrozenBackbone
 
 SEEDS = range(10)
 DTYPES = (None, "float16", "bfloat16")
 
 
-def accuracies(seed, low, images, labels):
+def accuracies(digits, seed, low, images, labels):
     keras.utils.set_random_seed(seed)
-    backbone = make_backbone()
-    compiled(backbone, HEAD_RATE).fit(*low, batch_size=32, epochs=8, verbose=0)
+    backbone = digits.make_backbone()
+    digits.compiled(backbone, digits.HEAD_RATE).fit(*low, batch_size=32, epochs=8, verbose=0)
     order = np.random.default_rng(seed).permutation(len(labels))
     train, test = order[len(order) // 3 :], order[: len(order) // 3]
     found = []
     for dtype in DTYPES:
         keras.utils.set_random_seed(seed)
-        cache = FeatureCache(compiled(FrozenBackbone(backbone), HEAD_RATE))
+        cache = FeatureCache(digits.compiled(FrozenBackbone(backbone), digits.HEAD_RATE))
         features = cache(images[train], labels[train], dtype=dtype, verbose=0)
         cache.head.fit(features, epochs=20, shuffle=False, verbose=0)
         held_out = cache(images[test], labels[test], verbose=0)
@@ -37,8 +36,10 @@ def accuracies(seed, low, images, labels):
 
 
 def main():
-    low, high = load()
-    runs = np.array([accuracies(seed, low, *high) for seed in SEEDS])
+    from examples import digits  # Which needs scikit-learn.
+
+    low, high = digits.load()
+    runs = np.array([accuracies(digits, seed, low, *high) for seed in SEEDS])
     print("| features kept in | accuracy | spread | largest difference to float32 in a run |")
     print("|---|---|---|---|")
     for dtype, found in zip(DTYPES, runs.T, strict=True):
