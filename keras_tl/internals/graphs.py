@@ -1,0 +1,130 @@
+"""The graph of a Functional or Sequential model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+
+from keras_tl.internals.checked import SINCE_3_15, checked
+from keras_tl.internals.imported import Function
+
+
+@checked(SINCE_3_15)
+def _graph_of(layer: keras.Layer) -> Any:
+    """Returns the graph of a Functional or built Sequential model, None of anything else."""
+    graph = layer._functional if isinstance(layer, keras.Sequential) else layer
+    return graph if isinstance(graph, Function) else None
+
+
+@checked(SINCE_3_15)
+def _nodes_of(layer: keras.Layer) -> dict[int, list[Any]]:
+    """Returns the calls in a layer's graph by their distance from the outputs."""
+    graph = _graph_of(layer)
+    return {} if graph is None else graph._nodes_by_depth
+
+
+@checked(SINCE_3_15)
+def outputs_in_graph(model: keras.Model, layer: keras.Layer) -> list[Any]:
+    """Returns what the layer returns each time the graph of a Functional or Sequential calls it.
+
+    `layer.output` is that of its first call, which may be in the graph of another model.
+    """
+    nodes = [node for depth in _nodes_of(model).values() for node in depth]
+    calls = [node.outputs for node in nodes if node.operation is layer]
+    return [outputs[0] if len(outputs) == 1 else outputs for outputs in calls]
+
+
+@checked(SINCE_3_15)
+def called_in_inference_mode(layer: keras.Layer) -> list[keras.Layer]:
+    """Returns the layers that the graph of a model always calls with `training=False`.
+
+    The layer may be any; only Functional and Sequential models have a graph.
+    """
+    modes: dict[keras.Layer, list[Any]] = {}
+    for node in (node for depth in _nodes_of(layer).values() for node in depth):
+        if isinstance(node.operation, keras.Layer):
+            training = node.arguments.kwargs.get("training")
+            modes.setdefault(node.operation, []).append(training)
+    return [layer for layer, given in modes.items() if all(mode is False for mode in given)]
+
+
+@checked(SINCE_3_15)
+def bottlenecks(layer: keras.Layer) -> list[keras.Layer] | None:
+    """Returns the layers of a model's graph through whose output alone everything passes.
+
+    None if the layer is no Functional or Sequential model, and so has no graph.
+    """
+    depths = _nodes_of(layer)
+    if not depths:
+        return None
+    depth_of = {id(node): depth for depth, nodes in depths.items() for node in nodes}
+    spanned: set[int] = set()
+    for depth, nodes in depths.items():
+        for parent in (parent for node in nodes for parent in node.parent_nodes):
+            spanned.update(range(depth + 1, depth_of.get(id(parent), depth)))
+    return [
+        nodes[0].operation
+        for depth, nodes in depths.items()
+        if len(nodes) == 1 and depth not in spanned
+    ]
+
+
+@checked(SINCE_3_15)
+def graph_outputs(model: keras.Model) -> Any | None:
+    """Returns the symbolic outputs of a Functional or built Sequential, as they are nested.
+
+    None if the model is neither, and so has no graph.
+    """
+    graph = _graph_of(model)
+    return None if graph is None else graph._outputs_struct
+
+
+@checked(SINCE_3_15)
+def graph_inputs(model: keras.Model) -> Any:
+    """Returns the symbolic inputs of a Functional or built Sequential, as they are nested."""
+    return _graph_of(model)._inputs_struct
+
+
+@checked(SINCE_3_15)
+def cut_after(model: keras.Model, operations: Sequence[Any]) -> list[Any]:
+    """Returns the symbolic tensors that go from the one side of a graph to the other.
+
+    The one side is the given operations and all that leads to them. Inputs of the model that the
+    other side uses are among the tensors.
+
+    Args:
+        model: A Functional or built Sequential model.
+        operations: Operations of its graph.
+    """
+    depths = _nodes_of(model)
+    nodes = [node for depth in sorted(depths) for node in depths[depth]]
+    given = {id(operation) for operation in operations}
+    before: set[int] = set()
+    for node in nodes:
+        if id(node.operation) in given or id(node) in before:
+            before.add(id(node))
+            before.update(id(parent) for parent in node.parent_nodes)
+    produced = {
+        id(x) for node in nodes if id(node) in before or node.is_input for x in node.outputs
+    }
+    used = [x for node in reversed(nodes) if id(node) not in before for x in node.input_tensors]
+    return list({id(x): x for x in [*used, *model.outputs] if id(x) in produced}.values())
+
+
+@checked(SINCE_3_15)
+def called_again(tensors: Sequence[Any], replacements: Sequence[Any], outputs: Any) -> Any:
+    """Returns the outputs of the part of a graph after some tensors, called on others.
+
+    The layers are the same; the calls are new. `keras.Model(tensors, outputs)` does so too, but
+    gives no hand in the new inputs' names and masks.
+    """
+    part = Function(inputs=list(tensors), outputs=outputs)
+    return part._run_through_graph(list(replacements), operation_fn=lambda operation: operation)
+
+
+@checked(SINCE_3_15)
+def operation_of(x: Any) -> Any:
+    """Returns the operation that a symbolic tensor is an output of."""
+    return x._keras_history.operation

@@ -1,0 +1,191 @@
+"""Optimizers: the variables they were built for, and what they keep for each."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_tl.internals.checked import SINCE_3_15, checked
+from keras_tl.internals.values import copy_value, on_host
+
+
+def without_loss_scale(optimizer: keras.Optimizer) -> keras.Optimizer:
+    """Returns the optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        return optimizer.inner_optimizer
+    return optimizer
+
+
+@checked(SINCE_3_15)
+def optimizer_weights(optimizer: Any) -> list[Any] | None:
+    """Returns the variables that an optimizer was built to update, or None before it is built."""
+    inner = without_loss_scale(optimizer)
+    return list(inner._trainable_variables) if getattr(inner, "built", False) else None
+
+
+def copy_weight_decay_exclusions(source: keras.Optimizer, target: keras.Optimizer) -> None:
+    """Copies what `exclude_from_weight_decay` was told, which no configuration carries."""
+    for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        if hasattr(source, name):
+            setattr(target, name, getattr(source, name))
+
+
+@checked(SINCE_3_15)
+def averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
+    """Returns pairs of a variable and its moving average, which an optimizer may keep."""
+    inner = without_loss_scale(optimizer)
+    if isinstance(inner, keras.optimizers.MultiOptimizer):
+        return [pair for one in inner._inner_optimizers for pair in averages(one)]
+    if not (inner.built and inner.use_ema):
+        return []
+    kept = zip(inner._trainable_variables, inner._model_variables_moving_average, strict=True)
+    return [(variable, average) for variable, average in kept if average is not None]
+
+
+@checked(SINCE_3_15)
+def continue_averages(old: Any, new: Any) -> None:
+    """Has a new optimizer go on with the averages that an old one keeps of the same weights.
+
+    Keras begins each average at the first step of its optimizer, which those of weights that have
+    been averaged before must not do.
+
+    Args:
+        old: A built optimizer.
+        new: A built optimizer. It stays as it is if either keeps no averages.
+    """
+    if not on_host(old.iterations):
+        return
+    kept = {id(variable): average for variable, average in averages(old)}
+    new = without_loss_scale(new)
+    several = isinstance(new, keras.optimizers.MultiOptimizer)
+    for optimizer in new._inner_optimizers if several else [new]:
+        known = [(kept.get(id(one)), average) for one, average in averages(optimizer)]
+        for before, average in known:
+            if before is not None:
+                copy_value(before, average)
+        begun = {id(average) for before, average in known if before is not None}
+        if begun:
+            update = functools.partial(_update_averages, optimizer, begun)
+            _replace(optimizer, "_update_model_variables_moving_average", update)
+
+
+@checked(SINCE_3_15)
+def _replace(optimizer: Any, method: str, function: Callable) -> None:
+    """Replaces a method of one optimizer, which must have it: else nothing would call it."""
+    getattr(optimizer, method)
+    setattr(optimizer, method, function)
+
+
+@checked(SINCE_3_15)
+def _update_averages(optimizer: Any, begun: set[int], variables: Sequence[Any]) -> None:
+    first_step = keras.ops.equal(optimizer.iterations, 0)
+    kept = optimizer._model_variables_moving_average
+    for variable, average in zip(variables, kept, strict=True):
+        if average is not None:
+            momentum = keras.ops.cast(optimizer.ema_momentum, variable.dtype)
+            if id(average) not in begun:
+                momentum = keras.ops.where(first_step, keras.ops.zeros_like(momentum), momentum)
+            average.assign(momentum * average + (1 - momentum) * variable)
+
+
+@checked(SINCE_3_15)
+def copy_optimizer_state(source: keras.Optimizer, target: keras.Optimizer) -> None:
+    """Gives a built optimizer the step count of one of its class, and slots of the same variables.
+
+    The learning rate is not copied, nor what optimizers inside it hold.
+    """
+    from_slots, to_slots = _slots(source), _slots(target)
+    from_shared, to_shared = _shared_state(source, from_slots), _shared_state(target, to_slots)
+    pairs = list(zip(from_shared, to_shared, strict=True))
+    known = {source._var_key(v): index for index, v in enumerate(source._trainable_variables)}
+    for index, variable in enumerate(target._trainable_variables):
+        position = known.get(target._var_key(variable))
+        if position is not None:
+            pairs += [
+                (slots[position], to_slots[name][index]) for name, slots in from_slots.items()
+            ]
+    for old, new in pairs:
+        if new is not None:
+            copy_value(old, new)
+
+
+@checked(SINCE_3_15)
+def _slots(optimizer: keras.Optimizer) -> dict[str, list[Any]]:
+    """The lists in which an optimizer keeps something for each variable, by attribute."""
+    count = len(optimizer._trainable_variables)
+    apart = (optimizer._variables, optimizer._trainable_variables)
+    return {
+        name: value
+        for name, value in vars(optimizer).items()
+        if isinstance(value, list)
+        and len(value) == count
+        and not any(value is one for one in apart)
+        and all(one is None or isinstance(one, keras.Variable) for one in value)
+    }
+
+
+@checked(SINCE_3_15)
+def _shared_state(optimizer: keras.Optimizer, slots: dict[str, list[Any]]) -> list[keras.Variable]:
+    kept = {id(one) for values in slots.values() for one in values}
+    kept.add(id(optimizer._learning_rate))
+    return [variable for variable in optimizer._variables if id(variable) not in kept]
+
+
+@checked(SINCE_3_15)
+def scale_learning_rates(
+    optimizer: keras.Optimizer, scale_of: Callable[[keras.Variable], float]
+) -> None:
+    """Has a built optimizer update each variable at a multiple of the learning rate.
+
+    As if each rate had an optimizer of its own, at the cost of one. Backends that update several
+    variables at once (torch) do so for those of one scale.
+    """
+    scales = [scale_of(variable) for variable in optimizer._trainable_variables]
+
+    index_of = optimizer._get_variable_index
+
+    def scale(variable: Any) -> float:
+        return scales[index_of(variable)]
+
+    rate, update = optimizer._get_current_learning_rate, optimizer.update_step
+    decay = optimizer._apply_weight_decay
+    factor = 1.0
+
+    def scaled_rate() -> Any:
+        return rate() if factor == 1.0 else rate() * factor
+
+    def scaled_update(gradient: Any, variable: Any, learning_rate: Any) -> None:
+        update(gradient, variable, _scaled(learning_rate, scale(variable)))
+
+    def scaled_decay(variables: Sequence[Any]) -> None:
+        nonlocal factor
+        for factor, members in _by_scale(variables):
+            decay(members)
+        factor = 1.0
+
+    def _by_scale(variables: Sequence[Any]) -> list[tuple[float, list[Any]]]:
+        groups: dict[float, list[Any]] = {}
+        for variable in variables:
+            groups.setdefault(scale(variable), []).append(variable)
+        return list(groups.items())
+
+    optimizer._get_current_learning_rate = scaled_rate
+    optimizer._apply_weight_decay = scaled_decay
+    if not hasattr(optimizer, "_parallel_update_step"):
+        optimizer.update_step = scaled_update
+        return
+    together = optimizer._parallel_update_step
+
+    def scaled_together(gradients: list[Any], variables: list[Any], learning_rate: Any) -> None:
+        of = {id(v): gradient for v, gradient in zip(variables, gradients, strict=True)}
+        for one, members in _by_scale(variables):
+            together([of[id(v)] for v in members], members, _scaled(learning_rate, one))
+
+    optimizer._parallel_update_step = scaled_together
+
+
+def _scaled(learning_rate: Any, scale: float) -> Any:
+    return learning_rate if scale == 1.0 else learning_rate * scale

@@ -1,0 +1,110 @@
+"""What keras_tl touches inside Keras, and what it says where a later Keras has it no more."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+from keras_tl import FrozenBackbone, internals, switching
+from keras_tl.internals.checked import checked
+
+SOURCES = sorted(Path(internals.__file__).parent.glob("*.py"))
+
+
+def functions_that_touch_keras(source):
+    """Yields functions that read or set a private attribute of anything but their own object."""
+    for function in ast.walk(ast.parse(source)):
+        if isinstance(function, ast.FunctionDef):
+            touched = [
+                node.attr
+                for node in ast.walk(function)
+                if isinstance(node, ast.Attribute)
+                and node.attr.startswith("_")
+                and not node.attr.startswith("__")
+                and not (isinstance(node.value, ast.Name) and node.value.id == "self")
+            ]
+            if touched:
+                yield function, touched
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_each_touch_names_the_versions_it_was_checked_with(path):
+    for function, touched in functions_that_touch_keras(path.read_text()):
+        decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+        assert "checked(SINCE_3_15)" in decorators, (function.name, touched)
+
+
+def model():
+    wrapper = FrozenBackbone(keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]))
+    model = keras.Sequential([wrapper, keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    model.optimizer.build(model.trainable_variables)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("touch", "lacking"),
+    [
+        (lambda: internals.sublayers(object()), "_flatten_layers"),
+        (lambda: internals.set_layer_flag(object(), True), "_trainable"),
+        (lambda: internals.set_initial_epoch(object(), 1), "_initial_epoch"),
+        (lambda: internals.compile_arguments(object()), "_compile_config"),
+        (lambda: internals.operation_of(object()), "_keras_history"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_part_that_keras_lacks_is_named_with_the_versions_that_have_it(touch, lacking):
+    message = f"Keras {keras.__version__}, which lacks .*'{lacking}'.*3.15.0 to 3.16.0"
+    with pytest.raises(internals.UnsupportedKerasError, match=message):
+        touch()
+
+
+def test_a_method_that_keras_calls_no_more_is_not_replaced_in_silence():
+    optimizer = model().optimizer
+    with pytest.raises(internals.UnsupportedKerasError, match="_method_of_the_past"):
+        internals.optimizers._replace(optimizer, "_method_of_the_past", print)
+    assert not hasattr(optimizer, "_method_of_the_past")
+
+
+def test_a_switch_with_a_keras_that_lacks_a_part_leaves_the_model_as_it_was(monkeypatch):
+    trained = model()
+    optimizer = trained.optimizer
+    monkeypatch.delattr(trained, "_compiled_trainable_state")
+    lacks = pytest.raises(internals.UnsupportedKerasError, match="_compiled_trainable_state")
+    with lacks, switching.all_or_nothing(trained):
+        switching.renew_training(trained, 1e-4)
+    assert trained.optimizer is optimizer
+
+
+def test_an_error_of_the_users_own_model_stays_what_it_is():
+    class Broken(keras.Model):
+        def make_train_function(self, force=False):
+            return self.of_another_class
+
+    broken = Broken()
+    broken.compile("adam", "mse")
+    with pytest.raises(AttributeError, match="of_another_class"):
+        internals.renew_functions(broken, keep_evaluation=False)
+
+
+def test_an_error_in_a_function_that_a_touch_calls_stays_what_it_is():
+    def missing():
+        return object().missing
+
+    with pytest.raises(AttributeError, match="missing"):
+        checked("3.15.0")(lambda: missing())()
+    with pytest.raises(internals.UnsupportedKerasError, match="missing"):
+        checked("3.15.0")(missing)()
+
+
+def test_importing_with_a_keras_that_lacks_a_module_says_so():
+    program = "import keras.src.ops.function as part; del part.Function; import keras_tl"
+    run = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False
+    )
+    assert run.returncode != 0
+    assert "UnsupportedKerasError: This version of keras_tl cannot work with Keras" in run.stderr
+    assert "Function" in run.stderr.splitlines()[-1]
