@@ -45,7 +45,7 @@ def checked(
     >>> try:
     ...     sublayers(keras.layers.Dense(1))
     ... except UnsupportedKerasError as error:
-    ...     print(str(error)[-75:])
+    ...     print(str(error)[-79:])
     checked with Keras 3.15.0 to 3.15.1: install one of these, or a newer keras_tl.
     """
 
