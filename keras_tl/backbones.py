@@ -129,6 +129,10 @@ class Backbones:
         units = layer_units([unwrapped(layer) for layer in [*self.wrapped, *self.plain]])
         return tuple(layer.name for layer in units if any(id(w) in given for w in layer.weights))
 
+    def cannot_train(self) -> list[keras.Variable]:
+        """Returns the weights that no unfreezing makes trainable, in layers that train."""
+        return freezing.cannot_train([*self.wrapped, *self.plain])
+
     def _targets(self) -> list[Backbone]:
         plain = [self.plain[0] if len(self.plain) == 1 else self.plain] if self.plain else []
         return [*self.wrapped, *plain]

@@ -119,6 +119,29 @@ def hand_frozen_weights(backbone: Backbone) -> list[keras.Variable]:
     ]
 
 
+def cannot_train(backbone: Backbone) -> list[keras.Variable]:
+    """Returns the weights that no unfreezing makes trainable, in layers that are trainable.
+
+    Quantized kernels, and kernels that LoRA keeps frozen.
+    """
+    weights = []
+    for layer in flatten_layers(backbone):
+        if layer.trainable:
+            left = _weights_lora_leaves(layer)
+            weights += without(internals.own_trainable_weights(layer), left)
+            if getattr(layer, "quantization_mode", None):
+                weights += [w for w in internals.own_state(layer) if "int" in w.dtype]
+    return weights
+
+
+def without(
+    weights: Iterable[keras.Variable], others: Iterable[keras.Variable]
+) -> list[keras.Variable]:
+    """Returns the weights that are not among the others."""
+    known = {id(weight) for weight in others}
+    return [weight for weight in weights if id(weight) not in known]
+
+
 def changeable_weights(
     model: keras.Model, inference_only: Iterable[keras.Layer] = ()
 ) -> list[keras.Variable]:

@@ -115,7 +115,7 @@ class StagedModel:
                 self.backbones.freeze()
             self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
             after = self._model.trainable_weights
-            changing = [*without(after, before), *without(before, after)]
+            changing = [*freezing.without(after, before), *freezing.without(before, after)]
             own_rate = self._optimizer is not None and not self._exactly
             switching.renew_training(
                 self._model,
@@ -163,7 +163,7 @@ class StagedModel:
         with freezing.trainable_flags_kept(self._model):
             before = self._model.trainable_weights
             self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
-            for weight in without(self._model.trainable_weights, before):
+            for weight in freezing.without(self._model.trainable_weights, before):
                 rates.of(weight)
 
     def _check_groups(self, compiled: GroupOptimizer) -> None:
@@ -191,11 +191,3 @@ class StagedModel:
         if isinstance(rates, LayerwiseLearningRates):
             return rates
         return LayerwiseLearningRates(self.backbones.layers, rates)
-
-
-def without(
-    weights: Sequence[keras.Variable], others: Sequence[keras.Variable]
-) -> list[keras.Variable]:
-    """Returns the weights that are not among the others."""
-    known = {id(weight) for weight in others}
-    return [weight for weight in weights if id(weight) not in known]

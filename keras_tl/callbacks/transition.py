@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
+
+from keras_tl.messages import some
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +25,8 @@ class Transition:
         layers: Tuple of strings. The names of the layers that became trainable, from input to
             output.
         frozen: Tuple of strings. The names of those that are frozen again.
+        cannot_train: Tuple of strings. The paths of the weights of layers that train now which stay
+            frozen whatever is unfrozen: quantized kernels, and kernels under LoRA.
     """
 
     epoch: int
@@ -34,19 +39,34 @@ class Transition:
     trainable_after: int
     layers: tuple[str, ...]
     frozen: tuple[str, ...] = ()
+    cannot_train: tuple[str, ...] = ()
 
-    def describe(self, what: str, why: str) -> str:
-        """Returns one line for the user: what the callback does, and why."""
+    def describe(self, what: str, why: str, then: str, rates: Mapping[str, float]) -> str:
+        """Returns a block of lines for the user.
+
+        Args:
+            what: String. What the callback does, after its name.
+            why: String. What the reason means.
+            then: String. What happens next.
+            rates: Dictionary. The learning rates of the parameter groups in the new stage, if there
+                are any, by their names.
+        """
         best = "" if self.value is None else f" (best {self.value:.4g})"
-        moves = f"{_layers(self.layers)} {'joins' if len(self.layers) == 1 else 'join'}, "
-        if self.frozen:
-            moves += f"{_layers(self.frozen)} {'is' if len(self.frozen) == 1 else 'are'} frozen, "
-        return (
-            f"Epoch {self.epoch + 1}: UnfreezeAtConvergence {what}: {why}{best}. "
-            f"{moves}{self.trainable_before:,} -> {self.trainable_after:,} trainable parameters, "
-            f"learning rate {self.learning_rate_before:.4g} -> {self.learning_rate_after:.4g}."
-        )
+        groups = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
+        rate = f"{self.learning_rate_before:.4g} -> {self.learning_rate_after:.4g}"
+        lines = {
+            "because": why + best,
+            "joining": _layers(self.layers),
+            "frozen again": _layers(self.frozen),
+            "cannot train": some(self.cannot_train),
+            "parameters": f"{self.trainable_before:,} -> {self.trainable_after:,} trainable",
+            "learning rate": f"{rate} ({groups})" if groups else rate,
+            "next": then,
+        }
+        shown = [f"  {label:<15}{text}" for label, text in lines.items() if text]
+        return "\n".join([f"Epoch {self.epoch + 1}: UnfreezeAtConvergence {what}", *shown])
 
 
 def _layers(names: tuple[str, ...]) -> str:
-    return "1 layer" if len(names) == 1 else f"{len(names)} layers"
+    count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
+    return f"{count}: {some(names)}" if names else ""

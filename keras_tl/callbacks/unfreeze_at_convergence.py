@@ -23,7 +23,7 @@ from keras_tl.learning_rates import LearningRate
 from keras_tl.messages import say
 from keras_tl.selecting import Backbone, Selection, is_built
 from keras_tl.stages import DEFAULT_RATE, Stage, check_stages
-from keras_tl.staging import StagedModel, without
+from keras_tl.staging import StagedModel
 from keras_tl.warm_up import WarmUp, check_can_be_set, learning_rate_of
 
 
@@ -487,13 +487,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             learning_rate_after=learning_rate_of(self.model.optimizer),
             trainable_before=freezing.count_params(before),
             trainable_after=freezing.count_params(after),
-            layers=self._staged.backbones.names_of(without(after, before)),
-            frozen=self._staged.backbones.names_of(without(before, after)),
+            layers=self._staged.backbones.names_of(freezing.without(after, before)),
+            frozen=self._staged.backbones.names_of(freezing.without(before, after)),
+            cannot_train=tuple(weight.path for weight in self._staged.backbones.cannot_train()),
         )
         self.transitions.append(transition)
-        what = f"begins stage {transition.stage} of" if self._scheduled else "unfreezes"
-        self._say(transition.describe(f"{what} {self._staged.names}", self._described(reason)))
+        why = self._described(reason)
         self._begin_stage(transition.stage)
+        self._say_switch(transition, why)
         self._carry_best_over(before)
         if self.warmup_steps:
             self._warm_up = WarmUp(self._staged.optimizers(), self.warmup_steps)
@@ -509,11 +510,36 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             # Of the weights as they are now, also where the best of the run has others: so values
             # of two stages compare as if all regularizers counted in both.
             after = self.model.trainable_weights
-            offset += switching.regularization_loss(without(after, before))
-            offset -= switching.regularization_loss(without(before, after))
+            offset += switching.regularization_loss(freezing.without(after, before))
+            offset -= switching.regularization_loss(freezing.without(before, after))
         self._progress.best.begin_stage(self._changeable, float(internals.of_chief(offset)))
 
     # Messages.
+
+    def _say_switch(self, transition: Transition, why: str) -> None:
+        what = f"begins stage {transition.stage} of" if self._scheduled else "unfreezes"
+        rates = self._staged.learning_rates(transition.stage)
+        groups = {
+            name.removeprefix("learning_rate_"): rate
+            for name, rate in rates.items()
+            if name != "learning_rate" and rate
+        }
+        what = f"{what} {self._staged.names}"
+        self._say(transition.describe(what, why, self._what_next(), groups))
+
+    def _what_next(self) -> str:
+        patience, epochs = self._limits()
+        last = self.stage == len(self.stages)
+        ends = (
+            []
+            if patience is None
+            else [f"until {self.monitor} stops improving for {_epochs(patience)}"]
+        )
+        if epochs is not None:
+            ends.append(f"for at most {_epochs(epochs)}")
+        if not ends:
+            return "fine-tuning to the last epoch"
+        return f"fine-tuning {' and '.join(ends)}, then {'the end' if last else 'the next stage'}"
 
     def _described(self, reason: str) -> str:
         patience, _ = self._limits()

@@ -223,15 +223,17 @@ def test_says_in_which_stage_training_ended(capsys):
     callback = scored(Stage("block3.*", 1e-3), Stage("all", 1e-4), verbose=1)
     scripted_stages(callback, [5, 5, 4])
     out = capsys.readouterr().out
-    assert 'Epoch 3: UnfreezeAtConvergence begins stage 1 of "backbone": score has not' in out
-    assert "1 layer joins, " in out
+    assert 'Epoch 3: UnfreezeAtConvergence begins stage 1 of "backbone"\n' in out
+    assert "joining        1 layer: block3_dense\n" in out
     assert "training ended in stage 1 of 2. Pass more `epochs`" in out
 
 
 def test_says_what_is_frozen(capsys):
     callback = scored(Stage("block3.*", 1e-3), Stage("block[12]_dense", 1e-4), verbose=1)
     scripted_stages(callback, [5, 5, 4, 4, 4])
-    assert "2 layers join, 1 layer is frozen, " in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "joining        2 layers: block1_dense, block2_dense\n" in out
+    assert "frozen again   1 layer: block3_dense\n" in out
 
 
 # What the optimizer knows.

@@ -440,9 +440,16 @@ def test_says_what_it_does_and_what_remains(capsys):
     model, wrapper = build()
     scripted_fit(model, unfreezer(verbose=1, fine_tune_patience=1), [2, 2, 1, 1, 1])
     printed = capsys.readouterr().out
-    assert "Epoch 3: UnfreezeAtConvergence unfreezes" in printed
-    assert f'"{wrapper.backbone.name}": score has not improved for 1 epoch (best 2)' in printed
-    assert "5 -> 45 trainable parameters, learning rate 0.01 -> 0.001." in printed
+    first, second = (layer.name for layer in wrapper.backbone.layers if "dense" in layer.name)
+    block = f"""\
+Epoch 3: UnfreezeAtConvergence unfreezes "{wrapper.backbone.name}"
+  because        score has not improved for 1 epoch (best 2)
+  joining        2 layers: {first}, {second}
+  parameters     5 -> 45 trainable
+  learning rate  0.01 -> 0.001
+  next           fine-tuning until score stops improving for 1 epoch, then the end
+"""
+    assert block in printed
     assert "Epoch 4: UnfreezeAtConvergence stopped: score has not improved" in printed
     assert "restored the best weights, of epoch 3: score 1." in printed
 
