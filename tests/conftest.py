@@ -1,6 +1,7 @@
 """Settings and builders that all tests share."""
 
 import os
+from importlib import metadata
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
@@ -41,6 +42,15 @@ def seeded_dropout(rate):
 def only_on(backend, reason):
     """Marks a test of what one backend does, and says why the others do not."""
     return pytest.mark.skipif(keras.backend.backend() != backend, reason=reason)
+
+
+def pytest_collection_modifyitems(items):
+    """Writes into the results what each test covers, for `tests.matrix`."""
+    backend = {"tensorflow": "TensorFlow", "jax": "JAX"}.get(keras.backend.backend(), "torch")
+    title = f"{backend}, Keras {keras.__version__}, TensorFlow {metadata.version('tensorflow')}"
+    for item in items:
+        for mark in item.iter_markers("covers"):
+            item.user_properties += [("covers", mark.args[0]), ("ran_on", title)]
 
 
 @pytest.fixture(autouse=True)

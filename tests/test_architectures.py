@@ -149,6 +149,7 @@ FAMILIES = [
 ]
 
 
+@pytest.mark.covers("backbone: the families of keras.applications")
 @pytest.mark.parametrize(("name", "size"), FAMILIES)
 def test_family_of_keras_applications(name, size, tmp_path):
     make = getattr(keras.applications, name)
@@ -278,21 +279,27 @@ def text_vectorization():
 on_tensorflow_only = pytest.mark.skipif(
     BACKEND != "tensorflow", reason="only TensorFlow has tensors of strings to call a model with"
 )
+
+
+def backbone_of(make, name, *marks):
+    return pytest.param(make, marks=[pytest.mark.covers(f"backbone: {name}"), *marks], id=name)
+
+
 KINDS = [
-    subclassed,
-    sub_model_called_twice,
-    embedding_and_lstm,
-    bidirectional_gru,
-    attention,
-    adapted_normalization,
-    spectral_normalization,
-    time_distributed,
-    pytest.param(string_lookup, marks=on_tensorflow_only),
-    pytest.param(text_vectorization, marks=on_tensorflow_only),
+    backbone_of(subclassed, "subclassed model"),
+    backbone_of(sub_model_called_twice, "nested model called twice"),
+    backbone_of(embedding_and_lstm, "Embedding and LSTM, masks"),
+    backbone_of(bidirectional_gru, "Bidirectional GRU"),
+    backbone_of(attention, "MultiHeadAttention"),
+    backbone_of(adapted_normalization, "adapted Normalization"),
+    backbone_of(spectral_normalization, "SpectralNormalization"),
+    backbone_of(time_distributed, "TimeDistributed"),
+    backbone_of(string_lookup, "StringLookup", on_tensorflow_only),
+    backbone_of(text_vectorization, "TextVectorization", on_tensorflow_only),
 ]
 
 
-@pytest.mark.parametrize("make", KINDS, ids=lambda make: make.__name__)
+@pytest.mark.parametrize("make", KINDS)
 def test_backbone_of_other_layers(make, tmp_path):
     base, x = make()
     pretrain(base, x)
@@ -320,6 +327,7 @@ def test_statistics_hold_where_batchnorm_trains(make, inference_mode, tmp_path):
     check_step(loaded, x, to_move)
 
 
+@pytest.mark.covers("backbone: shared, called twice (siamese)")
 def test_backbone_called_twice(tmp_path):
     base = models.functional(["dense", "batchnorm", "nested", "dropout", "conv"])
     x = [random_array(6, models.FEATURES), random_array(6, models.FEATURES)[::-1]]

@@ -1,11 +1,14 @@
 """The parts without `fit`: a training loop of one's own gets the weights that `fit` gets."""
 
 import keras
+import pytest
 import tensorflow as tf
 
 from keras_tl import ConvergenceMonitor, FrozenBackbone, UnfreezeAtConvergence, renew_optimizer
 from tests import models
 from tests.conftest import Recorder, only_on, regression_data, values_of
+
+pytestmark = pytest.mark.covers("part: your own training loop")
 
 X, Y = regression_data(24, seed=1)
 VALIDATION = regression_data(16, seed=2)

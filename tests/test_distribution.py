@@ -9,7 +9,10 @@ import pytest
 
 from tests.conftest import only_on
 
-pytestmark = only_on("tensorflow", "MirroredStrategy is TensorFlow's.")
+pytestmark = [
+    only_on("tensorflow", "MirroredStrategy is TensorFlow's."),
+    pytest.mark.covers("distribution: MirroredStrategy, two devices"),
+]
 
 PREPARATION = """
     import hashlib

@@ -20,6 +20,8 @@ from keras_tl import (
 from tests import models, strategies
 from tests.conftest import examples, only_on, regression_data, seeded_dropout, values_of
 
+pytestmark = pytest.mark.covers("part: fine_tune")
+
 X, Y = regression_data(24, seed=1)
 VALIDATION = regression_data(16, seed=2)
 HEAD = (lambda: keras.layers.BatchNormalization(momentum=0.5), lambda: seeded_dropout(0.3))

@@ -169,10 +169,16 @@ def assert_same_training(result, alone):
         np.testing.assert_allclose(values, expected, rtol=0, atol=TOLERANCE)
 
 
+def covers(settings):
+    _, layout = settings
+    name = "DataParallel" if layout == "data" else "ModelParallel"
+    return pytest.mark.covers(f"distribution: {name}")
+
+
 @pytest.mark.parametrize(
     ("devices", "schedule", "layout"),
-    [(4, *one) for one in FOUR_DEVICES]
-    + [pytest.param(2, *one, marks=SLOW) for one in TWO_DEVICES],
+    [pytest.param(4, *one, marks=covers(one)) for one in FOUR_DEVICES]
+    + [pytest.param(2, *one, marks=[SLOW, covers(one)]) for one in TWO_DEVICES],
 )
 def test_devices_train_as_one_does(devices_of_one_process, devices, schedule, layout):
     results = devices_of_one_process(devices)
@@ -199,6 +205,7 @@ def pair(layout, devices=1, backups=("backup", "backup"), dies=None):
     return {"runs": runs, "processes": 2, "devices": devices, "backups": backups, "dies": dies}
 
 
+@pytest.mark.covers("distribution: two processes")
 @pytest.mark.parametrize(("layout", "devices"), TOGETHER)
 def test_processes_train_as_one_does(undisturbed, devices_of_one_process, layout, devices):
     chief, other = undisturbed(**pair(layout, devices)).results()
@@ -210,6 +217,7 @@ def test_processes_train_as_one_does(undisturbed, devices_of_one_process, layout
     assert bool(chief["spread"]) == (layout != "data")
 
 
+@pytest.mark.covers("distribution: two processes")
 @pytest.mark.parametrize(("layout", "devices"), TOGETHER)
 def test_one_process_writes_and_prints(undisturbed, layout, devices):
     run = undisturbed(**pair(layout, devices))
@@ -223,6 +231,7 @@ def test_one_process_writes_and_prints(undisturbed, layout, devices):
     assert not (run.folder / "backup").exists()
 
 
+@pytest.mark.covers("distribution: two processes")
 @pytest.mark.parametrize(
     ("layout", "victim"),
     [("data", 1), pytest.param("data", 0, marks=SLOW), pytest.param((1, 2), 1, marks=SLOW)],

@@ -15,6 +15,8 @@ from keras_tl.learning_rate_finder import LearningRateRange
 from tests import models, strategies
 from tests.conftest import as_bytes, regression_data, values_of
 
+pytestmark = pytest.mark.covers("part: find_learning_rate")
+
 X, Y = regression_data(32)
 
 

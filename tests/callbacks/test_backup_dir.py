@@ -29,6 +29,8 @@ from tests.conftest import (
     values_of,
 )
 
+pytestmark = pytest.mark.covers("part: backup_dir")
+
 X, Y = regression_data(24)
 EPOCHS = 6
 

@@ -17,6 +17,8 @@ from keras_tl import (
 from tests import models
 from tests.conftest import SEVERAL_STEPS, as_bytes, only_on, regression_data
 
+pytestmark = pytest.mark.covers("part: FreezeGuard")
+
 EPOCHS, BATCHES = 3, 4
 
 NOT_ON_JAX = pytest.mark.skipif(

@@ -97,7 +97,9 @@ NEEDS = {
 
 def each(modes):
     return [
-        pytest.param(mode, id=name, marks=[pytest.mark.covers(name), *NEEDS.get(name, [])])
+        pytest.param(
+            mode, id=name, marks=[pytest.mark.covers(f"mode: {name}"), *NEEDS.get(name, [])]
+        )
         for name, mode in modes.items()
     ]
 
@@ -179,7 +181,7 @@ def test_over_a_switch(mode):
     assert sum(path.endswith("bias") for path in moved) == 2
 
 
-@pytest.mark.covers("use_ema")
+@pytest.mark.covers("mode: use_ema")
 def test_averages_are_what_remains_after_a_switch():
     with made(Mode(optimizer=averaged)) as (model, _):
         fit(model, 4, unfreezer(2))
@@ -188,7 +190,7 @@ def test_averages_are_what_remains_after_a_switch():
         assert all(np.array_equal(np.array(v), np.array(average)) for v, average in pairs)
 
 
-@pytest.mark.covers("mixed_float16")
+@pytest.mark.covers("mode: mixed_float16")
 def test_the_loss_scale_grows_on_over_the_switch():
     scales = Recorder(lambda model: float(internals.on_host(model.optimizer.dynamic_scale)))
     with made(MODES["mixed_float16"]) as (model, _):
@@ -197,7 +199,7 @@ def test_the_loss_scale_grows_on_over_the_switch():
     assert scales.records[0] < scales.records[-1] > 16.0
 
 
-@pytest.mark.covers("int8 layers")
+@pytest.mark.covers("mode: int8 layers")
 def test_an_int8_kernel_stays_int8_and_frozen_and_the_switch_says_so(capsys):
     with made(MODES["int8 layers"]) as (model, wrapper):
         kernel = wrapper.backbone.layers[1]._kernel
@@ -210,7 +212,7 @@ def test_an_int8_kernel_stays_int8_and_frozen_and_the_switch_says_so(capsys):
     assert "cannot train" in capsys.readouterr().out
 
 
-@pytest.mark.covers("LoRA")
+@pytest.mark.covers("mode: LoRA")
 def test_a_kernel_under_lora_stays_frozen_and_the_switch_says_so():
     with made(MODES["LoRA"]) as (model, wrapper):
         layer = wrapper.backbone.layers[1]

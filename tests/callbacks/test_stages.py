@@ -20,6 +20,8 @@ from keras_tl import (
 from tests import models
 from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
 
+pytestmark = pytest.mark.covers("part: Stage")
+
 X, Y = regression_data()
 BLOCKS = ("block1", "block2", "block3")
 

@@ -67,6 +67,7 @@ def test_compiled(outer, compile_arguments):
     check(model, wrapper, X, Y, batch_size=8)
 
 
+@pytest.mark.covers("model: subclassed, built by `fit`")
 def test_subclassed_model_that_is_not_built_before_fit():
     wrapper = FrozenBackbone(models.Subclassed(["dense", "batchnorm"]))
     model = models.SubclassedOuter(wrapper)
@@ -129,6 +130,7 @@ def multi_output_model(wrapper):
     return model
 
 
+@pytest.mark.covers("model: several outputs with weights and metrics")
 def test_several_outputs_with_weighted_metrics():
     wrapper = backbone()
     targets = {"left": Y, "right": -Y}
@@ -247,6 +249,7 @@ class CustomStep(STEPS[keras.backend.backend()], keras.Model):
         return [self.tracker]
 
 
+@pytest.mark.covers("model: `train_step` of its own")
 def test_custom_train_step():
     wrapper = backbone()
     model = CustomStep(wrapper)
@@ -254,6 +257,7 @@ def test_custom_train_step():
     check(model, wrapper, X, Y)
 
 
+@pytest.mark.covers("model: `compile` of its own")
 def test_overridden_compile():
     class Overridden(CustomStep):
         def compile(self, my_optimizer):
@@ -292,14 +296,20 @@ def generator():
         yield X[:8], Y[:8]
 
 
+DATASET = tf.data.Dataset.from_tensor_slices((X, Y))
+
+
+def kind_of_data(name, make, arguments=None):
+    return pytest.param(make, arguments or {}, id=name, marks=pytest.mark.covers(f"data: {name}"))
+
+
 @pytest.mark.parametrize(
     ("data", "arguments"),
     [
-        (lambda: tf.data.Dataset.from_tensor_slices((X, Y)).batch(8), {}),
-        (lambda: Batches(), {}),
-        (generator, {"steps_per_epoch": 2}),
+        kind_of_data("tf.data.Dataset", lambda: DATASET.batch(8)),
+        kind_of_data("PyDataset", lambda: Batches()),
+        kind_of_data("generator", generator, {"steps_per_epoch": 2}),
     ],
-    ids=["dataset", "pydataset", "generator"],
 )
 def test_kinds_of_data(data, arguments):
     wrapper = backbone()
@@ -308,6 +318,7 @@ def test_kinds_of_data(data, arguments):
     check(model, wrapper, data(), **arguments)
 
 
+@pytest.mark.covers("data: validation split")
 def test_validation_split():
     wrapper = backbone()
     model = models.functional_outer(wrapper)

@@ -12,6 +12,8 @@ from keras_tl import FrozenBackbone, UnfreezeAtConvergence, switching
 from tests import models
 from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
 
+pytestmark = pytest.mark.covers("part: UnfreezeAtConvergence")
+
 X, Y = regression_data()
 
 

@@ -9,6 +9,8 @@ from keras_tl import FeatureCache, FrozenBackbone
 from tests import models
 from tests.conftest import as_bytes, regression_data, values_of
 
+pytestmark = pytest.mark.covers("part: FeatureCache")
+
 X, Y = regression_data(20)
 WEIGHTS = np.linspace(0.1, 1, 20).astype("float32")
 

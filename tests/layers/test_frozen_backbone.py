@@ -8,6 +8,8 @@ from keras_tl import FrozenBackbone
 from tests import models
 from tests.conftest import Recorder, as_bytes, regression_data, values_of
 
+pytestmark = pytest.mark.covers("part: FrozenBackbone")
+
 
 class Probe(keras.layers.Layer):
     """Records the `training` that it is called with."""

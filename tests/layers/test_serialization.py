@@ -9,6 +9,8 @@ from keras_tl import FrozenBackbone
 from tests import models, strategies
 from tests.conftest import regression_data, values_of
 
+pytestmark = pytest.mark.covers("part: FrozenBackbone")
+
 
 def put_in_stage(wrapper, stage):
     if stage == "half":

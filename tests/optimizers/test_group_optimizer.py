@@ -10,6 +10,8 @@ from keras_tl import FrozenBackbone, GroupOptimizer
 from tests import models
 from tests.conftest import SEVERAL_STEPS, as_bytes, forget_compiled, regression_data, values_of
 
+pytestmark = pytest.mark.covers("part: GroupOptimizer")
+
 OPTIMIZERS = [
     "SGD",
     "RMSprop",

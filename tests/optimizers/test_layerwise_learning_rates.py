@@ -11,6 +11,8 @@ from keras_tl.learning_rates import LayerwiseLearningRates
 from tests.conftest import SEVERAL_STEPS, as_bytes, regression_data, values_of
 from tests.optimizers.test_group_optimizer import OPTIMIZERS, SETTINGS
 
+pytestmark = pytest.mark.covers("part: layerwise_learning_rates")
+
 LAYERS = ("a", "b", "c")
 
 
