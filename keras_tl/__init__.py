@@ -13,6 +13,7 @@ from keras_tl.reporting import trainable_report
 from keras_tl.stages import Stage
 from keras_tl.switching import renew_optimizer
 from keras_tl.version import __version__
+from keras_tl.visualization import plot_stages, plot_trainable
 
 __all__ = [
     "ConvergenceMonitor",
@@ -29,6 +30,8 @@ __all__ = [
     "find_learning_rate",
     "fine_tune",
     "layerwise_learning_rates",
+    "plot_stages",
+    "plot_trainable",
     "renew_optimizer",
     "trainable_report",
 ]

@@ -85,10 +85,7 @@ class Progress:
         self.stage_epochs = state["stage_epochs"]
         self.switch_reason = state["switch_reason"]
         self.stop_reason = state["stop_reason"]
-        self.transitions = [
-            Transition(**{**one, "layers": tuple(one["layers"]), "frozen": tuple(one["frozen"])})
-            for one in state["transitions"]
-        ]
+        self.transitions = [Transition.from_dict(one) for one in state["transitions"]]
         if state["judge"] is not None:
             judge.set_state(state["judge"])
             self.judge = judge

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from keras_tl.messages import some
 
@@ -40,6 +41,14 @@ class Transition:
     layers: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     cannot_train: tuple[str, ...] = ()
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Transition:
+        """Returns the record that `dataclasses.asdict` and JSON have made a dictionary of."""
+        fields: dict[str, Any] = {
+            key: tuple(one) if isinstance(one, list) else one for key, one in values.items()
+        }
+        return cls(**fields)
 
     def describe(self, what: str, why: str, then: str, rates: Mapping[str, float]) -> str:
         """Returns a block of lines for the user.

@@ -13,6 +13,7 @@ import keras
 from keras_tl import freezing, internals, switching
 from keras_tl.backbones import changeable_weights
 from keras_tl.best_weights import BestWeights
+from keras_tl.callbacks import tensorboard
 from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
 from keras_tl.callbacks.neighbours import check_learning_rate, check_neighbours
 from keras_tl.callbacks.progress import Progress
@@ -107,6 +108,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         stages: List of `Stage`, those after stage 0.
         transitions: List of `Transition`, the switches of the last `fit`.
         decided: Bool. Whether the next epoch begins with a switch.
+        best_epoch: Int or None. The epoch, counted from 0, whose weights the last `fit` ended with
+            because they were the best.
 
     Raises:
         ValueError: For an argument that is out of range; when `fit` starts, if the model has no
@@ -205,6 +208,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.backup_dir = backup_dir
         self.delete_checkpoint = delete_checkpoint
         self.verbose = verbose
+        self.best_epoch: int | None = None
         self._progress = Progress()
         self._warm_up: WarmUp | None = None
         self._scheduled = stages is not None
@@ -246,6 +250,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         )
         self._monitored = MonitoredValue(self.monitor, self.mode, self.model)
         self._progress = Progress()
+        self.best_epoch = None
         if self._warm_up is not None:
             # Of a fit that was interrupted.
             self._warm_up.finish()
@@ -290,6 +295,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         logs.update(self._staged.learning_rates(self.stage))
         logs["stage"] = self.stage
         self._check_rate(epoch)
+        trainable = freezing.count_params(self.model.trainable_weights)
+        tensorboard.write_parameters(self._beside, epoch, trainable)
         self._progress.stage_epochs += 1
         ended = self._why_ended(epoch, value)
         if self.stage > 0 and value is not None and not math.isfinite(value):
@@ -318,6 +325,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         best = self._progress.best
         if best is not None and best.epoch is not None:
             best.restore_run()
+            self.best_epoch = best.epoch
             self._say(
                 "UnfreezeAtConvergence restored the best weights, of epoch "
                 f"{best.epoch + 1}: {self.monitor} {best.measured:.4g}."
@@ -525,7 +533,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             if name != "learning_rate" and rate
         }
         what = f"{what} {self._staged.names}"
-        self._say(transition.describe(what, why, self._what_next(), groups))
+        block = transition.describe(what, why, self._what_next(), groups)
+        self._say(block)
+        tensorboard.write_switch(self._beside, transition.epoch, block)
 
     def _what_next(self) -> str:
         patience, epochs = self._limits()

@@ -8,9 +8,7 @@ from keras_tl.internals.batches import (
     batches_of,
     predictions,
 )
-from keras_tl.internals.callback_list import (
-    callbacks_beside,
-)
+from keras_tl.internals.callback_list import callbacks_beside, summary_writer
 from keras_tl.internals.checked import UnsupportedKerasError
 from keras_tl.internals.graphs import (
     bottlenecks,
@@ -133,5 +131,6 @@ __all__ = [
     "stop_gradient",
     "strategy_scope",
     "sublayers",
+    "summary_writer",
     "without_loss_scale",
 ]

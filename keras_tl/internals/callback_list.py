@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import inspect
+from typing import Any
 
 import keras
+
+from keras_tl.internals.checked import SINCE_3_15, checked
+
+
+@checked(SINCE_3_15)
+def summary_writer(tensorboard: keras.callbacks.TensorBoard) -> Any:
+    """Returns the `tf.summary` writer of a TensorBoard callback, which makes it when it is needed.
+
+    Only with `update_freq` other than `"epoch"` is it the default writer while `fit` runs.
+    """
+    return tensorboard._train_writer
 
 
 def callbacks_beside(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callback]:

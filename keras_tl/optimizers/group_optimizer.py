@@ -116,6 +116,15 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         """Returns the name of the group that a variable is in, once the optimizer is built."""
         return self._names[self._var_key(variable)]
 
+    def rates(self, variables: Sequence[keras.Variable]) -> list[float]:
+        """Returns the learning rate of each of the variables, whether it is built or not."""
+        if self.built:
+            groups = [self.group_of(variable) for variable in variables]
+            scales = [self._scale_of(variable) for variable in variables]
+        else:
+            groups, scales = self.resolve(variables), self._resolve_scales(variables)
+        return [_rate(self._groups[group]) * scale for group, scale in zip(groups, scales)]
+
     def logs(self) -> dict[str, float]:
         """Returns `learning_rate_<group>` for each group, as a float: 0 if nothing is in it."""
         used = set(self._names.values())
