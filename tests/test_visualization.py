@@ -145,6 +145,15 @@ def test_a_layer_of_which_a_part_trains_is_in_two_pieces():
     assert widths == {6: True, 3: False}
 
 
+def test_each_weight_counts_once_however_deep_or_shared():
+    base = models.functional(["nested", "shared", "conv"])
+    wrapper = FrozenBackbone(base)
+    inputs = keras.Input((models.FEATURES,))
+    model = keras.Model(inputs, keras.layers.Dense(1)(wrapper(wrapper(inputs))))
+    (axes,) = plot_trainable(model).axes
+    assert sum(patch.get_width() for patch in axes.patches) == model.count_params()
+
+
 def test_a_model_that_is_not_built():
     with pytest.raises(ValueError, match="has no weights to draw; build it first"):
         plot_trainable(keras.Sequential([keras.layers.Dense(2)]))

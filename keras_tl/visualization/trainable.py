@@ -76,7 +76,7 @@ def plot_trainable(model: keras.Model, *, ax: Any = None) -> Any:
 def _pieces_of(model: keras.Model) -> list[tuple[str, int, float | None]]:
     """Returns the name, size and learning rate of each piece of the strip, None if it is frozen.
 
-    A layer is one piece, or two if a part of its weights is frozen. The rate is NaN where it is not
+    A layer is one piece, or two if a part of its weights is frozen. The rate is 0 where it is not
     known, in a model that is not compiled.
     """
     trainable = model.trainable_weights
@@ -84,9 +84,8 @@ def _pieces_of(model: keras.Model) -> list[tuple[str, int, float | None]]:
     seen: set[int] = set()
     pieces = []
     for name, layer in named_layers(model):
-        if internals.sublayers(layer):
-            continue
-        fresh = [w for w in layer.weights if id(w) not in seen and "seed" not in w.name]
+        weights = internals.own_trainable_weights(layer) + internals.own_state(layer)
+        fresh = [weight for weight in weights if id(weight) not in seen]
         seen.update(map(id, fresh))
         for rate, members in _by_rate(fresh, rate_of).items():
             pieces.append((name.split("/")[-1], count_params(members), rate))
