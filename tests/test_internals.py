@@ -98,6 +98,8 @@ def test_an_error_in_a_function_that_a_touch_calls_stays_what_it_is():
         checked("3.15.0")(lambda: missing())()
     with pytest.raises(internals.UnsupportedKerasError, match="missing"):
         checked("3.15.0")(missing)()
+    with pytest.raises(AttributeError, match="NoneType"):
+        checked("3.15.0")(lambda: None.missing)()
 
 
 def test_importing_with_a_keras_that_lacks_a_module_says_so():

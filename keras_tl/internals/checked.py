@@ -65,6 +65,7 @@ def checked(
 
 
 def _raised_here(error: AttributeError) -> bool:
-    """Whether the line that raised is one of the function that was called."""
+    """Whether it was raised in the function itself, by an object of Keras."""
     outer = error.__traceback__
-    return outer is not None and outer.tb_next is not None and outer.tb_next.tb_next is None
+    inside = outer is not None and outer.tb_next is not None and outer.tb_next.tb_next is None
+    return inside and error.obj is not None

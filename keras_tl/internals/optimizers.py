@@ -39,7 +39,7 @@ def averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
     inner = without_loss_scale(optimizer)
     if isinstance(inner, keras.optimizers.MultiOptimizer):
         return [pair for one in inner._inner_optimizers for pair in averages(one)]
-    if not (inner.built and inner.use_ema):
+    if inner is None or not (inner.built and inner.use_ema):
         return []
     kept = zip(inner._trainable_variables, inner._model_variables_moving_average, strict=True)
     return [(variable, average) for variable, average in kept if average is not None]

@@ -164,8 +164,8 @@ def main():
     model = model_of()
     x, y = images(SAMPLES)
     with tempfile.TemporaryDirectory() as folder:
-        print_table(workflow(model, x, y, pathlib.Path(folder)), bound="target")
-        print_table(formats(model, x, y, pathlib.Path(folder)), bound="target")
+        print_table(workflow(model, x, y, pathlib.Path(folder)))
+        print_table(formats(model, x, y, pathlib.Path(folder)))
     memory()
 
 

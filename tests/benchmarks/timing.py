@@ -4,8 +4,8 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
+import operator
 import statistics
-import sys
 import time
 
 import keras
@@ -46,10 +46,21 @@ def paired(first, second):
     return [first() / second() for _ in range(REPEATS)]
 
 
-def print_table(rows, bound="at most"):
-    """Prints rows of a name, a target and a list of ratios."""
-    print(f"| ratio | {bound} | median | range |\n|---|---|---|---|")
+def print_table(rows):
+    """Prints rows of a name, a target such as `"<= 1.1"` (or none) and a list of ratios."""
+    print("| ratio | median | range | target | met |\n|---|---|---|---|---|")
     for name, target, ratios in rows:
         low, middle, high = min(ratios), statistics.median(ratios), max(ratios)
-        print(f"| {name} | {target} | {middle:.4g} | {low:.4g} to {high:.4g} |")
-        sys.stdout.flush()
+        met = verdict(target, middle)
+        spread = f"{low:.3g} to {high:.3g}" if len(ratios) > 1 else ""
+        print(f"| {name} | {middle:.3g} | {spread} | {target} | {met} |", flush=True)
+    print(flush=True)
+
+
+def verdict(target, value):
+    """Whether a value meets a target: "yes", "MISSED", or "" where there is none."""
+    if not target:
+        return ""
+    relation, bound = target.split()
+    met = {"<=": operator.le, ">=": operator.ge}[relation](value, float(bound))
+    return "yes" if met else "MISSED"
