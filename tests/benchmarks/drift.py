@@ -73,7 +73,9 @@ def main():
     from examples import digits  # Which needs scikit-learn.
 
     low, high = digits.load()
-    print("| recipe | largest change of a moving mean, median | range over 5 seeds |\n|---|---|---|")
+    print(
+        "| recipe | largest change of a moving mean, median | range over 5 seeds |\n|---|---|---|"
+    )
     ways = {"`training=False` in a Functional model, as in the guide": guide}
     for name, recipe in {**ways, "`FrozenBackbone`": with_keras_tl}.items():
         found = [drift(recipe, seed, low, high) for seed in SEEDS]
