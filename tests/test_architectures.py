@@ -6,7 +6,7 @@ import pytest
 
 from keras_tl import FreezeGuard, FrozenBackbone, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import Recorder, as_bytes
+from tests.conftest import Recorder, as_bytes, slow_on
 
 LAYERS = keras.layers
 BACKEND = keras.backend.backend()
@@ -136,14 +136,14 @@ FAMILIES = [
     pytest.param("EfficientNetV2B0", 32, marks=slow),
     pytest.param("InceptionResNetV2", 75, marks=slow),
     pytest.param("InceptionV3", 75, marks=slow),
-    pytest.param("MobileNet", 32),
+    pytest.param("MobileNet", 32, marks=slow_on("jax", "torch")),
     pytest.param("MobileNetV2", 32),
     pytest.param("MobileNetV3Large", 32, marks=slow),
     pytest.param("MobileNetV3Small", 32, marks=slow),
     pytest.param("NASNetMobile", 32, marks=[slow, not_on_torch]),
     pytest.param("ResNet50", 32, marks=slow),
     pytest.param("ResNet50V2", 32, marks=slow),
-    pytest.param("VGG16", 32),
+    pytest.param("VGG16", 32, marks=slow_on("jax", "torch")),
     pytest.param("VGG19", 32, marks=slow),
     pytest.param("Xception", 71, marks=slow),
 ]

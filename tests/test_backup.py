@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from keras_tl import backup as module
 from keras_tl.backup import Backup
+from tests.conftest import examples
 
 ARRAYS = {"model": [np.arange(6.0).reshape(2, 3), np.array(3)], "best": []}
 
@@ -39,7 +40,7 @@ dtypes = st.sampled_from(
 
 
 @given(data=st.data())
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_arrays_come_back_bit_for_bit(tmp_path_factory, data):
     values = []
     for dtype in data.draw(st.lists(dtypes, max_size=4)):
@@ -68,7 +69,7 @@ def test_arrays_come_back_bit_for_bit(tmp_path_factory, data):
         max_size=4,
     )
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_state_comes_back(tmp_path_factory, state):
     backup = Backup(tmp_path_factory.mktemp("backup"))
     backup.save(3, state, ARRAYS)
@@ -112,7 +113,7 @@ def test_no_code_is_in_the_files(tmp_path):
     where=st.floats(0, 1),
     bit=st.integers(0, 7),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_a_flipped_bit_anywhere_falls_back_to_the_one_before(tmp_path_factory, file, where, bit):
     folder = tmp_path_factory.mktemp("backup")
     backup = saved(folder, 1, 2)

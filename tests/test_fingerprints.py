@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from keras_tl import internals
 from keras_tl.fingerprints import Fingerprints
+from tests.conftest import examples
 
 DTYPES = ["float32", "float16", "bfloat16", "int8", "int32", "bool"]
 if keras.backend.backend() != "jax":
@@ -70,7 +71,7 @@ def flipped(array, element, bit):
 
 
 @given(data=st.data())
-@settings(max_examples=200)
+@settings(max_examples=examples(200))
 def test_every_flip_of_one_bit_is_seen(data):
     weights, *_ = watched()
     weight = data.draw(st.sampled_from(weights))
@@ -84,7 +85,7 @@ def test_every_flip_of_one_bit_is_seen(data):
 
 
 @given(data=st.data())
-@settings(max_examples=100)
+@settings(max_examples=examples(100))
 def test_any_change_of_several_elements_is_seen(data):
     weights, *_ = watched()
     weight = data.draw(st.sampled_from([w for w in weights if w.shape]))
@@ -155,7 +156,7 @@ def test_changes_that_arithmetic_hardly_sees_are_seen(before, after):
 
 
 @given(array=hnp.arrays("float32", (3, 5)))
-@settings(max_examples=50)
+@settings(max_examples=examples(50))
 def test_equal_bits_have_equal_fingerprints(array):
     weight = next(w for w in watched()[0] if (w.dtype, w.shape) == ("float32", (5, 7)))
     original = in_numpy(weight)

@@ -5,6 +5,7 @@ from hypothesis import strategies as st
 
 from keras_tl import freezing, selecting
 from tests import models, strategies
+from tests.conftest import examples
 
 
 def flags(backbone):
@@ -109,7 +110,7 @@ def test_weights_of_a_container_freeze_and_thaw_with_it():
 
 
 @given(kinds=strategies.layer_kinds(), data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_only_what_is_selected_changes(kinds, data):
     backbone = models.functional(kinds)
     freezing.freeze(backbone)
@@ -128,7 +129,7 @@ def test_only_what_is_selected_changes(kinds, data):
 
 
 @given(kinds=strategies.layer_kinds(), data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_flags_are_put_back_exactly(kinds, data):
     backbone = models.functional(kinds)
     for layer in selecting.flatten_layers(backbone):

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from keras_tl import FreezeGuard, FrozenBackbone, GroupOptimizer, find_learning_rate
 from keras_tl.learning_rate_finder import LearningRateRange
 from tests import models, strategies
-from tests.conftest import as_bytes, regression_data, values_of
+from tests.conftest import as_bytes, examples, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: find_learning_rate")
 
@@ -65,7 +65,7 @@ def find(model, x=X, y=Y, **arguments):
     fault=st.sampled_from([None, ValueError, KeyboardInterrupt]),
     batch=st.integers(0, 11),
 )
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_leaves_the_model_as_found(fitted, layers, train_batchnorm, fault, batch):
     model, _ = fitted
     before = state_of(model)
@@ -98,7 +98,7 @@ def test_leaves_the_model_as_found(fitted, layers, train_batchnorm, fault, batch
     outer=strategies.outer_models,
     layers=st.sampled_from([None, "all"]),
 )
-@settings(max_examples=6)
+@settings(max_examples=examples(6))
 def test_a_fit_after_it_is_as_without_it(backbone, optimizer, outer, layers):
     config = keras.optimizers.serialize(optimizer)
     results = []

@@ -191,7 +191,7 @@ def test_a_clean_run_never_trips_the_guard(make_run, check, switch, again):
 def test_a_thousand_clean_runs_never_trip_the_guard(chunk):
     @hypothesis.seed(chunk)
     @given(**clean)
-    @settings(max_examples=25, derandomize=False)
+    @settings(max_examples=examples(25), derandomize=False)
     def run(make_run, check, switch, again):
         train_cleanly(make_run, check, switch, again)
 
@@ -239,7 +239,7 @@ def test_an_overwritten_weight_is_named(make_run, check, batch, data, relative):
 
 
 @given(make_run=runs(), check=frequencies, batch=st.integers(1, 2 * BATCHES))
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 def test_loaded_weights_are_overwriting(make_run, check, batch):
     run = make_run()
     other = [np.array(weight) + 1 for weight in run.model.weights]
@@ -257,7 +257,7 @@ def test_loaded_weights_are_overwriting(make_run, check, batch):
     batch=st.integers(1, 2 * BATCHES),
     flags=st.sampled_from(["all", "batchnorm"]),
 )
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 def test_statistics_moved_by_a_call_in_training_mode_are_named(make_run, check, batch, flags):
     run = make_run()
     statistics = models.statistics(run.base)
@@ -278,7 +278,7 @@ def test_statistics_moved_by_a_call_in_training_mode_are_named(make_run, check, 
 
 
 @given(make_run=runs(), freeze=st.booleans(), check=frequencies)
-@settings(max_examples=15)
+@settings(max_examples=examples(15))
 def test_a_stale_compile_is_an_error_before_a_step(make_run, freeze, check):
     run = make_run()
     run.base.trainable = freeze
@@ -327,7 +327,7 @@ class HandsAllToTheOptimizer(keras.Model):
     ),
     run_eagerly=st.booleans(),
 )
-@settings(max_examples=10)
+@settings(max_examples=examples(10))
 def test_a_side_effect_of_the_optimizer_is_named(kinds, check, make_optimizer, run_eagerly):
     base = models.functional(kinds)
     base.trainable = False

@@ -16,7 +16,7 @@ from keras_tl import (
     switching,
 )
 from tests import models, strategies
-from tests.conftest import as_bytes, regression_data
+from tests.conftest import as_bytes, examples, regression_data
 
 
 def compiled_model(optimizer="adam", **compile_arguments):
@@ -201,7 +201,7 @@ def test_a_failed_switch_changes_nothing(failing, monkeypatch):
 
 
 @given(kinds=strategies.layer_kinds())
-@settings(max_examples=5)
+@settings(max_examples=examples(5))
 def test_regularization_loss_is_what_keras_adds_when_weights_become_trainable(kinds):
     backbone = models.functional(kinds)
     for layer in backbone.layers:

@@ -26,6 +26,7 @@ from tests.conftest import (
     forget_compiled,
     regression_data,
     seeded_dropout,
+    slow_on,
     values_of,
 )
 
@@ -187,7 +188,7 @@ def test_the_property_above_interrupts_in_each_stage(tmp_path):
     "compile_arguments",
     [
         {"run_eagerly": True},
-        {"jit_compile": True},
+        pytest.param({"jit_compile": True}, marks=slow_on("torch")),
         pytest.param({"steps_per_execution": 3}, marks=SEVERAL_STEPS),
         {"plain": True},
     ],

@@ -18,7 +18,7 @@ from keras_tl import (
     switching,
 )
 from tests import models
-from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
+from tests.conftest import Recorder, Scripted, as_bytes, examples, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: Stage")
 
@@ -649,7 +649,7 @@ def test_warm_up_takes_whole_steps(steps):
     train_batchnorm=st.booleans(),
     restore=st.booleans(),
 )
-@settings(max_examples=12)
+@settings(max_examples=examples(12))
 def test_what_a_stage_freezes_stays_bit_for_bit(ends, selections, head, train_batchnorm, restore):
     model, wrapper = build(run_eagerly=True)
     stages = [

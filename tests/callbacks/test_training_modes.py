@@ -13,6 +13,7 @@ from tests.conftest import (
     Scripted,
     as_bytes,
     regression_data,
+    slow_on,
     values_of,
 )
 
@@ -48,21 +49,19 @@ def check(model, wrapper, *data, epochs=4, callback=None, **fit_arguments):
     return history
 
 
-@pytest.mark.parametrize("outer", [models.functional_outer, models.SubclassedOuter])
 @pytest.mark.parametrize(
     "compile_arguments",
     [
         {},
         {"run_eagerly": True},
         pytest.param({"steps_per_execution": 2}, marks=SEVERAL_STEPS),
-        pytest.param({"steps_per_execution": 100}, marks=SEVERAL_STEPS),
-        {"jit_compile": True},
+        pytest.param({"jit_compile": True}, marks=slow_on("torch")),
     ],
     ids=str,
 )
-def test_compiled(outer, compile_arguments):
+def test_compiled_subclassed_model(compile_arguments):
     wrapper = backbone()
-    model = outer(wrapper)
+    model = models.SubclassedOuter(wrapper)
     model.compile("adam", "mse", metrics=["mae"], **compile_arguments)
     check(model, wrapper, X, Y, batch_size=8)
 

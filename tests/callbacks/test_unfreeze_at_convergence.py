@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence, switching
 from tests import models
-from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
+from tests.conftest import Recorder, Scripted, as_bytes, examples, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: UnfreezeAtConvergence")
 
@@ -197,7 +197,7 @@ def test_mode_auto_asks_the_metric():
     patience=st.integers(0, 3),
     start_from_epoch=st.integers(0, 2),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_decides_when_early_stopping_stops(idle_model, series, **arguments):
     model, wrapper = idle_model
     wrapper.freeze()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone
 from tests import models, strategies
-from tests.conftest import regression_data, values_of
+from tests.conftest import examples, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: FrozenBackbone")
 
@@ -49,7 +49,7 @@ def trainable_mask(model):
     build=st.sampled_from([models.functional, models.sequential, models.Subclassed]),
     stage=st.sampled_from(["frozen", "half", "all"]),
 )
-@settings(max_examples=8)
+@settings(max_examples=examples(8))
 def test_outputs_and_what_is_trainable_survive(tmp_path_factory, how, kinds, build, stage):
     wrapper = FrozenBackbone(build(kinds))
     model = models.functional_outer(wrapper, [keras.layers.BatchNormalization()])

@@ -8,7 +8,15 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, GroupOptimizer
 from tests import models
-from tests.conftest import SEVERAL_STEPS, as_bytes, forget_compiled, regression_data, values_of
+from tests.conftest import (
+    SEVERAL_STEPS,
+    as_bytes,
+    examples,
+    forget_compiled,
+    regression_data,
+    slow_on,
+    values_of,
+)
 
 pytestmark = pytest.mark.covers("part: GroupOptimizer")
 
@@ -78,7 +86,7 @@ def variables(seed):
     seed=st.integers(0, 100),
     steps=st.integers(1, 4),
 )
-@settings(max_examples=40)
+@settings(max_examples=examples(40))
 def test_each_group_trains_as_if_it_were_alone(makers, seed, steps):
     together, alone = variables(seed), variables(seed)
     optimizer = GroupOptimizer(
@@ -139,7 +147,7 @@ def fit(model, *callbacks, epochs=2):
     "arguments",
     [
         pytest.param({}, id="graph"),
-        pytest.param({"jit_compile": True}, id="jit"),
+        pytest.param({"jit_compile": True}, id="jit", marks=slow_on("torch")),
         pytest.param({"steps_per_execution": 2}, id="steps", marks=SEVERAL_STEPS),
         pytest.param({"run_eagerly": True}, id="eager"),
     ],

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, GroupOptimizer, layerwise_learning_rates
 from keras_tl.learning_rates import LayerwiseLearningRates
-from tests.conftest import SEVERAL_STEPS, as_bytes, regression_data, values_of
+from tests.conftest import SEVERAL_STEPS, as_bytes, examples, regression_data, slow_on, values_of
 from tests.optimizers.test_group_optimizer import OPTIMIZERS, SETTINGS
 
 pytestmark = pytest.mark.covers("part: layerwise_learning_rates")
@@ -34,7 +34,7 @@ def in_float32(rate, scale):
     seed=st.integers(0, 100),
     steps=st.integers(1, 4),
 )
-@settings(max_examples=60)
+@settings(max_examples=examples(60))
 def test_each_variable_trains_as_with_an_optimizer_of_its_own(kind, extra, scales, seed, steps):
     if kind == "ScheduleFreeAdamW" and "use_ema" in extra:
         extra = {}
@@ -96,7 +96,7 @@ def fit(model, epochs=2):
     "arguments",
     [
         {"run_eagerly": True},
-        {"jit_compile": True},
+        pytest.param({"jit_compile": True}, marks=slow_on("torch")),
         pytest.param({"steps_per_execution": 4}, marks=SEVERAL_STEPS),
     ],
 )
