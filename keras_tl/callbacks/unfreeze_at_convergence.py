@@ -543,7 +543,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         ends = (
             []
             if patience is None
-            else [f"until {self.monitor} stops improving for {_epochs(patience)}"]
+            else [f"until {self.monitor} stops improving for {_epochs(max(1, patience or 0))}"]
         )
         if epochs is not None:
             ends.append(f"for at most {_epochs(epochs)}")
@@ -554,7 +554,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def _described(self, reason: str) -> str:
         patience, _ = self._limits()
         return {
-            "converged": f"{self.monitor} has not improved for {_epochs(patience)}",
+            "converged": f"{self.monitor} has not improved for {_epochs(max(1, patience or 0))}",
             "early_stopping": "EarlyStopping has seen no improvement",
             "max_frozen_epochs": f"it was frozen for {_epochs(self._progress.stage_epochs)}",
             "epochs": f"stage {self.stage} has had its {_epochs(self._progress.stage_epochs)}",

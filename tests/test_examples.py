@@ -1,0 +1,70 @@
+"""Every example runs in its small form, and shows what it is there to show."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import keras
+import pytest
+
+FOLDER = Path(__file__).parent.parent / "examples"
+# `digits.py` and `multi_host.py` have no smaller form: the README's command and the tests of
+# distribution run them.
+SHOWS = {
+    "cached_features": r"features: [\d.]+ s \(\d+x\)(.|\n)*stages of the epochs: \[0, 0, 1, 1\]",
+    "cats_vs_dogs": r"unfreezes \"xception\"(.|\n)*bit for bit\.\n(.|\n)*accuracy on test: 0\.\d+",
+    "custom_training_loop": r"bit for bit\n2 layers join\n(.|\n)*bit for bit\naccuracy on held-out digits: 0\.\d+",
+    "gradual_unfreezing": r"by hand\n  epoch +\d+: converged; block3_conv .*\n  epoch +\d+: epochs",
+    "resume": r"killed\n(.|\n)*goes on after epoch 5, in stage 1(.|\n)*equal, bit for bit",
+    "text": r"\| head only \| +0\.\d+ \|.*\n\| keras_tl  \| +0\.\d+ \|",
+}
+NEED_SKLEARN = ("custom_training_loop", "gradual_unfreezing")
+
+
+def run(name, *arguments, folder):
+    command = [sys.executable, str(FOLDER / f"{name}.py"), *arguments]
+    path = os.pathsep.join([str(FOLDER.parent), os.environ.get("PYTHONPATH", "")])
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=300,
+        check=False,
+    )
+
+
+def test_no_example_is_left_out():
+    names = {path.stem for path in FOLDER.glob("*.py")}
+    assert names == {*SHOWS, "digits", "multi_host"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SHOWS)
+def test_runs_in_its_small_form(name, tmp_path):
+    if name in NEED_SKLEARN:
+        pytest.importorskip("sklearn")
+    if name == "custom_training_loop" and keras.backend.backend() != "tensorflow":
+        pytest.skip("The training loop is TensorFlow's.")
+    done = run(name, "--small", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(SHOWS[name], done.stdout), done.stdout[-2000:]
+
+
+@pytest.mark.slow
+def test_pictures_of_gradual_unfreezing(tmp_path):
+    pytest.importorskip("sklearn")
+    pytest.importorskip("matplotlib")
+    done = run("gradual_unfreezing", "--small", "--pictures", ".", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert len(list(tmp_path.glob("*.png"))) == 6
+
+
+@pytest.mark.slow
+def test_a_folder_without_cats_and_dogs_is_said_to_be_none(tmp_path):
+    done = run("cats_vs_dogs", "--data-dir", ".", folder=tmp_path)
+    assert done.returncode == 1
+    assert "must have a folder of cats and one of dogs" in done.stderr
