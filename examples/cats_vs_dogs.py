@@ -122,7 +122,7 @@ def draw_pictures(folder, count=20, size=80):
             keras.utils.save_img(folder / name / f"{number}.jpg", image, scale=False)
 
 
-def run(data_dir, weights, size, batch_size, epochs, patience):
+def run(data_dir, weights, size, batch_size, epochs, patience, max_frozen_epochs=None):
     """Trains, and prints how well the model does on the pictures to test on."""
     data_dir, folders = find_data(data_dir)
     remove_broken(folders)
@@ -130,7 +130,12 @@ def run(data_dir, weights, size, batch_size, epochs, patience):
     train, validation, test = load(data_dir, size, batch_size)
     model = make_model(base, size)
     callbacks = [
-        UnfreezeAtConvergence(1e-5, patience=patience, fine_tune_patience=patience),
+        UnfreezeAtConvergence(
+            1e-5,
+            patience=patience,
+            fine_tune_patience=patience,
+            max_frozen_epochs=max_frozen_epochs,
+        ),
         FreezeGuard(),
     ]
     history = model.fit(
@@ -154,7 +159,8 @@ def main():
         return
     with tempfile.TemporaryDirectory() as folder:
         draw_pictures(Path(folder))
-        run(folder, weights=None, size=71, batch_size=4, epochs=3, patience=1)
+        small = {"size": 71, "batch_size": 4, "epochs": 3, "max_frozen_epochs": 2}
+        run(folder, weights=None, patience=3, **small)
 
 
 if __name__ == "__main__":

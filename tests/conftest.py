@@ -35,7 +35,7 @@ hypothesis.settings.load_profile("keras_tl")
 
 
 # Most is drawn on TensorFlow: the others compile longer, and are to show that it holds there.
-SHARE = 1 if keras.backend.backend() == "tensorflow" else 1 / 3
+SHARE = 0.6 if keras.backend.backend() == "tensorflow" else 0.3
 
 
 def examples(count):

@@ -65,7 +65,14 @@ def checked(
 
 
 def _raised_here(error: AttributeError) -> bool:
-    """Whether it was raised in the function itself, by an object of Keras."""
+    """Whether it is an attribute that the function itself looked for, of an object of Keras."""
     outer = error.__traceback__
-    inside = outer is not None and outer.tb_next is not None and outer.tb_next.tb_next is None
-    return inside and error.obj is not None
+    deeper = outer.tb_next.tb_next if outer is not None and outer.tb_next is not None else None
+    while deeper is not None and deeper.tb_frame.f_code.co_name in _LOOKUPS:
+        deeper = deeper.tb_next
+    of_none = error.obj is None and error.name is not None
+    return deeper is None and not of_none
+
+
+# On torch, layers are modules that look attributes up themselves.
+_LOOKUPS = ("__getattr__", "__getattribute__")

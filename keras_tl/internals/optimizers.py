@@ -178,10 +178,15 @@ def scale_learning_rates(
         optimizer.update_step = scaled_update
         return
     together = optimizer._parallel_update_step
+    shared = _shared_state(optimizer, _slots(optimizer))
 
     def scaled_together(gradients: list[Any], variables: list[Any], learning_rate: Any) -> None:
         of = {id(v): gradient for v, gradient in zip(variables, gradients, strict=True)}
+        before = [keras.ops.copy(variable) for variable in shared]
         for one, members in _by_scale(variables):
+            # What all variables share (Nadam's product of momenta) advances once in a step.
+            for variable, value in zip(shared, before, strict=True):
+                variable.assign(value)
             together([of[id(v)] for v in members], members, _scaled(learning_rate, one))
 
     optimizer._parallel_update_step = scaled_together

@@ -14,7 +14,14 @@ import pytest
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence, internals
 from tests import models
-from tests.conftest import SEVERAL_STEPS, Recorder, as_bytes, regression_data, values_of
+from tests.conftest import (
+    SEVERAL_STEPS,
+    Recorder,
+    as_bytes,
+    forget_compiled,
+    regression_data,
+    values_of,
+)
 
 X, Y = regression_data(24)
 HEAD_RATE, RATE = 1e-2, 1e-3
@@ -107,6 +114,7 @@ def each(modes):
 @contextlib.contextmanager
 def made(mode):
     """A compiled model and its FrozenBackbone; the same each time."""
+    forget_compiled()
     before = keras.config.dtype_policy()
     keras.config.set_dtype_policy(mode.policy)
     try:

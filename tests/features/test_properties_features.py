@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FeatureCache, FrozenBackbone
 from tests import models, strategies
-from tests.conftest import examples, values_of
+from tests.conftest import examples, slow_on, values_of
 
 HEADS = {
     "none": (),
@@ -78,7 +78,11 @@ def test_the_same_weights_bit_for_bit(
 
 @pytest.mark.parametrize(
     "compiled, extraction_batch_size",
-    [({}, 7), ({"jit_compile": True}, 4), ({"jit_compile": True}, 7)],
+    [
+        ({}, 7),
+        pytest.param({"jit_compile": True}, 4, marks=slow_on("torch")),
+        pytest.param({"jit_compile": True}, 7, marks=slow_on("torch")),
+    ],
 )
 def test_within_rounding_where_arithmetic_is_grouped_in_another_way(
     compiled, extraction_batch_size, tmp_path

@@ -3,7 +3,7 @@
 import keras
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, GroupOptimizer, layerwise_learning_rates
@@ -34,6 +34,7 @@ def in_float32(rate, scale):
     seed=st.integers(0, 100),
     steps=st.integers(1, 4),
 )
+@example(kind="Nadam", extra={}, scales=[1.0, 0.1, 0.5], seed=3, steps=4)
 @settings(max_examples=examples(60))
 def test_each_variable_trains_as_with_an_optimizer_of_its_own(kind, extra, scales, seed, steps):
     if kind == "ScheduleFreeAdamW" and "use_ema" in extra:
