@@ -19,6 +19,7 @@ from keras_tl.callbacks.neighbours import check_learning_rate, check_neighbours
 from keras_tl.callbacks.progress import Progress
 from keras_tl.callbacks.run_backup import RunBackup
 from keras_tl.callbacks.transition import Transition
+from keras_tl.callbacks.wording import what_next, why_ended, why_still_frozen
 from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
 from keras_tl.learning_rates import LearningRate
 from keras_tl.messages import say
@@ -316,7 +317,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if self._progress.stop_reason is not None:
             self._say(self._progress.stop_reason)
         if self.stage == 0:
-            warnings.warn(self._why_still_frozen(), stacklevel=2)
+            stopped = self.model.stop_training
+            message = why_still_frozen(
+                self.monitor, self.patience, stopped=stopped, decided=self.decided
+            )
+            warnings.warn(message, stacklevel=2)
         elif self.stage < len(self.stages):
             self._say(
                 f"UnfreezeAtConvergence: training ended in stage {self.stage} of "
@@ -532,54 +537,16 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             for name, rate in rates.items()
             if name != "learning_rate" and rate
         }
-        what = f"{what} {self._staged.names}"
-        block = transition.describe(what, why, self._what_next(), groups)
+        then = what_next(self.monitor, *self._limits(), last=self.stage == len(self.stages))
+        block = transition.describe(f"{what} {self._staged.names}", why, then, groups)
         self._say(block)
         tensorboard.write_switch(self._beside, transition.epoch, block)
 
-    def _what_next(self) -> str:
-        patience, epochs = self._limits()
-        last = self.stage == len(self.stages)
-        ends = (
-            []
-            if patience is None
-            else [f"until {self.monitor} stops improving for {_epochs(max(1, patience or 0))}"]
-        )
-        if epochs is not None:
-            ends.append(f"for at most {_epochs(epochs)}")
-        if not ends:
-            return "fine-tuning to the last epoch"
-        return f"fine-tuning {' and '.join(ends)}, then {'the end' if last else 'the next stage'}"
-
     def _described(self, reason: str) -> str:
         patience, _ = self._limits()
-        return {
-            "converged": f"{self.monitor} has not improved for {_epochs(max(1, patience or 0))}",
-            "early_stopping": "EarlyStopping has seen no improvement",
-            "max_frozen_epochs": f"it was frozen for {_epochs(self._progress.stage_epochs)}",
-            "epochs": f"stage {self.stage} has had its {_epochs(self._progress.stage_epochs)}",
-        }[reason]
-
-    def _why_still_frozen(self) -> str:
-        message = "UnfreezeAtConvergence: training ended with the backbone still frozen, because "
-        if self.model.stop_training:
-            return message + (
-                "another callback stopped it. Place an EarlyStopping before UnfreezeAtConvergence, "
-                "and its stop counts as convergence."
-            )
-        if self.decided:
-            return message + (
-                "stage 0 ended with the last epoch. Pass more `epochs` to `fit` to fine-tune."
-            )
-        return message + (
-            f"{self.monitor} had not converged by the last epoch (patience={self.patience}). Pass "
-            "more `epochs` to `fit`, a smaller `patience`, or `max_frozen_epochs`."
-        )
+        progress = self._progress
+        return why_ended(reason, self.monitor, patience, progress.stage, progress.stage_epochs)
 
     def _say(self, message: str) -> None:
         if self.verbose:
             say(message)
-
-
-def _epochs(count: int | None) -> str:
-    return f"{count} epoch" if count == 1 else f"{count} epochs"

@@ -1,0 +1,74 @@
+"""How `UnfreezeAtConvergence` says what it does and why."""
+
+from __future__ import annotations
+
+
+def why_ended(reason: str, monitor: str, patience: int | None, stage: int, epochs: int) -> str:
+    """Returns what a `Transition.reason` means.
+
+    Args:
+        reason: String.
+        monitor: String. The monitored quantity.
+        patience: Int or None. The patience of the stage that ended.
+        stage: Int. Which stage that was.
+        epochs: Int. How many epochs it had.
+    """
+    return {
+        "converged": f"{monitor} has not improved for {_patiently(patience)}",
+        "early_stopping": "EarlyStopping has seen no improvement",
+        "max_frozen_epochs": f"it was frozen for {_epochs(epochs)}",
+        "epochs": f"stage {stage} has had its {_epochs(epochs)}",
+    }[reason]
+
+
+def what_next(monitor: str, patience: int | None, epochs: int | None, *, last: bool) -> str:
+    """Returns what will end a fine-tuning stage, and what comes then.
+
+    Args:
+        monitor: String. The monitored quantity.
+        patience: Int or None. The patience of the stage.
+        epochs: Int or None. How many epochs it has at most.
+        last: Bool. Whether it is the last stage.
+    """
+    ends = []
+    if patience is not None:
+        ends.append(f"until {monitor} stops improving for {_patiently(patience)}")
+    if epochs is not None:
+        ends.append(f"for at most {_epochs(epochs)}")
+    if not ends:
+        return "fine-tuning to the last epoch"
+    return f"fine-tuning {' and '.join(ends)}, then {'the end' if last else 'the next stage'}"
+
+
+def why_still_frozen(monitor: str, patience: int, *, stopped: bool, decided: bool) -> str:
+    """Returns the warning about a run that ended in stage 0.
+
+    Args:
+        monitor: String. The monitored quantity.
+        patience: Int. The patience of stage 0.
+        stopped: Bool. Whether another callback has stopped training.
+        decided: Bool. Whether stage 0 ended with the last epoch.
+    """
+    message = "UnfreezeAtConvergence: training ended with the backbone still frozen, because "
+    if stopped:
+        return message + (
+            "another callback stopped it. Place an EarlyStopping before UnfreezeAtConvergence, "
+            "and its stop counts as convergence."
+        )
+    if decided:
+        return message + (
+            "stage 0 ended with the last epoch. Pass more `epochs` to `fit` to fine-tune."
+        )
+    return message + (
+        f"{monitor} had not converged by the last epoch (patience={patience}). Pass more `epochs` "
+        "to `fit`, a smaller `patience`, or `max_frozen_epochs`."
+    )
+
+
+def _patiently(patience: int | None) -> str:
+    # As in EarlyStopping, a patience of 0 is as patient as one of 1.
+    return _epochs(max(1, patience or 0))
+
+
+def _epochs(count: int) -> str:
+    return f"{count} epoch" if count == 1 else f"{count} epochs"
