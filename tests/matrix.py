@@ -5,8 +5,8 @@
     python -m tests.matrix --write tensorflow.xml jax.xml torch.xml    # into the README
     python -m tests.matrix --check tensorflow.xml jax.xml torch.xml    # fails if the README differs
 
-A row is what a test says it covers (`@pytest.mark.covers`), a column is a run. "yes": all tests that
-cover it and ran there passed; "no": one failed; "-": none ran, for the reason below the table.
+A row is what a test says it covers (`@pytest.mark.covers`), a column is a run. "yes": all tests
+that cover it and ran passed; "no": one failed; "-": none ran, for the reason below the table.
 """
 
 import argparse
