@@ -65,7 +65,7 @@ def loss_scaled(learning_rate, model):
     old = model.optimizer if model.compiled else None
     scale = float(keras.ops.convert_to_numpy(old.dynamic_scale)) if old else 16.0
     new = keras.optimizers.LossScaleOptimizer(
-        optimizer, initial_scale=scale, dynamic_growth_steps=2
+        optimizer, initial_scale=scale, dynamic_growth_steps=3
     )
     if old:
         new.build(model.trainable_variables)
