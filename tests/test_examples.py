@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -67,4 +68,33 @@ def test_pictures_of_gradual_unfreezing(tmp_path):
 def test_a_folder_without_cats_and_dogs_is_said_to_be_none(tmp_path):
     done = run("cats_vs_dogs", "--data-dir", ".", folder=tmp_path)
     assert done.returncode == 1
-    assert "must have a folder of cats and one of dogs" in done.stderr
+    assert "must have two folders, Cat and Dog" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("option", ["--data-dir", "--weights"])
+def test_without_a_network_it_says_what_to_fetch_and_where_to_pass_it(
+    option, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # Where nobody answers.
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    (tmp_path / "pictures").mkdir()
+    runpy.run_path(str(FOLDER / "cats_vs_dogs.py"))["draw_pictures"](tmp_path / "pictures")
+    given = [] if option == "--data-dir" else ["--data-dir", "pictures"]
+    done = run("cats_vs_dogs", *given, folder=tmp_path)
+    url = r"https://download\S+\.zip" if option == "--data-dir" else r"https://storage\S+\.h5"
+    assert done.returncode == 1
+    assert re.search(rf"Fetch\n  {url}\n.*: {option} \S+\n$", done.stderr, re.DOTALL)
+
+
+@pytest.mark.slow
+def test_pictures_of_the_user_stay_where_they_are(tmp_path):
+    example = runpy.run_path(str(FOLDER / "cats_vs_dogs.py"))
+    example["draw_pictures"](tmp_path, count=10)
+    for number in range(20):
+        (tmp_path / "Dog" / f"broken{number}.jpg").touch()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.jpg")}
+    parts = example["load"](tmp_path, size=71, batch_size=4)
+    shown = [len(images) for part in parts for images, _ in part]
+    assert 0 < sum(shown) < 24, "24 files of 41, some of which are broken, are asked for"
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.jpg")} == before
