@@ -77,6 +77,8 @@ def test_without_a_network_it_says_what_to_fetch_and_where_to_pass_it(
     option, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")  # Where nobody answers.
+    for name in ("no_proxy", "NO_PROXY"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     (tmp_path / "pictures").mkdir()
     runpy.run_path(str(FOLDER / "cats_vs_dogs.py"))["draw_pictures"](tmp_path / "pictures")
