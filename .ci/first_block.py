@@ -30,10 +30,10 @@ def batches(label):
     return tf.data.Dataset.from_tensor_slices((images, labels)).batch(4)
 
 
-# What is learnt makes the validation worse from the first epoch on: so the head converges.
 block = re.search(
     r"^```python\n(.*?)^```", Path(sys.argv[1]).read_text(), re.MULTILINE | re.DOTALL
 )[1]
+# What is learnt makes the validation worse from the first epoch on: so the head converges.
 names = {"train": batches(1), "val": batches(0)}
 exec(compile(block, "the first block of the README", "exec"), names)  # noqa: S102
 assert set(names["history"].history["stage"]) == {0, 1}

@@ -7,13 +7,15 @@ from collections.abc import Iterable
 import keras
 
 from keras_tl import internals
+from keras_tl.freezing import count_params
 
 
 def write_parameters(
-    beside: Iterable[keras.callbacks.Callback], epoch: int, trainable: int
+    beside: Iterable[keras.callbacks.Callback], epoch: int, model: keras.Model
 ) -> None:
     """Writes how many parameters train as the scalar `epoch_trainable_parameters`."""
     for one in _tensorboards(beside):
+        trainable = count_params(model.trainable_weights)
         with internals.summary_writer(one).as_default():
             one.summary.scalar("epoch_trainable_parameters", trainable, step=epoch)
 

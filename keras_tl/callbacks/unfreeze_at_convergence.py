@@ -296,8 +296,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         logs.update(self._staged.learning_rates(self.stage))
         logs["stage"] = self.stage
         self._check_rate(epoch)
-        trainable = freezing.count_params(self.model.trainable_weights)
-        tensorboard.write_parameters(self._beside, epoch, trainable)
+        tensorboard.write_parameters(self._beside, epoch, self.model)
         self._progress.stage_epochs += 1
         ended = self._why_ended(epoch, value)
         if self.stage > 0 and value is not None and not math.isfinite(value):

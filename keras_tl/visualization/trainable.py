@@ -44,8 +44,7 @@ def plot_trainable(model: keras.Model, *, ax: Any = None) -> Any:
     pieces = _pieces_of(model)
     if not pieces:
         raise ValueError(f'The model "{model.name}" has no weights to draw; build it first.')
-    own_figure = ax is None
-    ax = new_or_given(ax, height=2.4)
+    ax = new_or_given(ax, size=(9.0, 2.6))
     rates = [rate for _, _, rate in pieces if rate]
     scale = _color_scale(rates)
     total = sum(size for _, size, _ in pieces)
@@ -68,8 +67,6 @@ def plot_trainable(model: keras.Model, *, ax: Any = None) -> Any:
     ax.xaxis.set_major_formatter(_in_short)
     if rates:
         _color_bar(ax, scale, sorted(set(rates)))
-    if own_figure:
-        ax.figure.set_size_inches(9, 2.6)
     return ax.figure
 
 

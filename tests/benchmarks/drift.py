@@ -76,8 +76,11 @@ def main():
     print(
         "| recipe | largest change of a moving mean, median | range over 5 seeds |\n|---|---|---|"
     )
-    ways = {"`training=False` in a Functional model, as in the guide": guide}
-    for name, recipe in {**ways, "`FrozenBackbone`": with_keras_tl}.items():
+    ways = {
+        "`training=False` in a Functional model, as in the guide": guide,
+        "`FrozenBackbone`": with_keras_tl,
+    }
+    for name, recipe in ways.items():
         found = [drift(recipe, seed, low, high) for seed in SEEDS]
         spread = f"{min(found):.3g} to {max(found):.3g}"
         print(f"| {name} | {np.median(found):.3g} | {spread} |", flush=True)
