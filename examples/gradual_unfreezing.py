@@ -3,7 +3,7 @@
 A small convolutional network is pretrained on the digits 0 to 4 and transferred to 5 to 9. Three
 schedules are tried: all at once, one block after the other with learning rates that fall
 (`Stage.by_depth`), and one written by hand, whose last stage gives deeper blocks lower rates. For
-each the program prints its switches and the accuracy on held-out digits.
+each the program prints its switches and the accuracy on held-out digits. It needs scikit-learn.
 
     python examples/gradual_unfreezing.py
     python examples/gradual_unfreezing.py --pictures .    # draws each run (needs matplotlib)
@@ -57,22 +57,22 @@ def classifier(backbone):
     return model
 
 
-def schedules(backbone):
-    """Returns the stages of each way to unfreeze."""
+def schedules(backbone, limit):
+    """Returns the stages of each way to unfreeze, with a limit to the epochs of each, or None."""
     rates = layerwise_learning_rates(backbone, 1e-3, decay=0.3)
     by_hand = [
         Stage("block3_.*", 3e-3, epochs=3),
-        Stage("block[23]_.*", 1e-3, patience=1),
-        Stage("all", rates),
+        Stage("block[23]_.*", 1e-3, patience=1, epochs=limit),
+        Stage("all", rates, epochs=limit),
     ]
     return {
-        "all at once": [Stage("all", 1e-3)],
-        "block by block": Stage.by_depth(backbone, 3, 3e-3, decay=0.5),
+        "all at once": [Stage("all", 1e-3, epochs=limit)],
+        "block by block": Stage.by_depth(backbone, 3, 3e-3, decay=0.5, epochs=limit),
         "by hand": by_hand,
     }
 
 
-def run(name, source, data, epochs, pictures):
+def run(name, source, data, limit, pictures):
     """Trains with one schedule, prints its switches, and returns the accuracy."""
     train, validation, test = data
     keras.utils.set_random_seed(0)
@@ -81,10 +81,14 @@ def run(name, source, data, epochs, pictures):
     backbone = FrozenBackbone(pretrained)
     model = classifier(backbone)
     callback = UnfreezeAtConvergence(
-        stages=schedules(backbone)[name], patience=1, fine_tune_patience=3, verbose=0
+        stages=schedules(backbone, limit)[name],
+        patience=1,
+        max_frozen_epochs=limit,
+        fine_tune_patience=3,
+        verbose=0,
     )
     fit = {"validation_data": validation, "callbacks": [callback], "verbose": 0}
-    model.fit(*train, batch_size=10, epochs=epochs, **fit)
+    model.fit(*train, batch_size=10, epochs=60, **fit)
     print(f"\n{name}")
     for switch in callback.transitions:
         print(
@@ -102,17 +106,20 @@ def run(name, source, data, epochs, pictures):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--pictures", type=Path, help="a folder to draw each run into")
+    parser.add_argument("--pictures", type=Path, metavar="DIR", help="a folder to draw in")
     parser.add_argument("--small", action="store_true", help="fewer epochs, to try it out")
     arguments = parser.parse_args()
+    if arguments.pictures:
+        arguments.pictures.mkdir(parents=True, exist_ok=True)
     keras.utils.set_random_seed(0)
     low, (images, labels) = load()
     source = make_backbone()
     classifier(source).fit(*low, batch_size=32, epochs=4 if arguments.small else 10, verbose=0)
     parts = np.split(np.random.default_rng(0).permutation(len(labels)), [50, 200])
     data = [(images[part], labels[part]) for part in parts]
-    for name in schedules(source):
-        run(name, source, data, 20 if arguments.small else 60, arguments.pictures)
+    limit = 3 if arguments.small else None
+    for name in schedules(source, limit):
+        run(name, source, data, limit, arguments.pictures)
 
 
 if __name__ == "__main__":

@@ -35,8 +35,11 @@ class KillAt(keras.callbacks.Callback):
         self.epoch = epoch
 
     def on_epoch_begin(self, epoch, logs=None):
-        if epoch == self.epoch:
-            print(f"epoch {epoch + 1}: killed", flush=True)
+        self.now = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.now, batch) == (self.epoch, 2):
+            print(f"epoch {self.now + 1}: killed after 3 steps", flush=True)
             os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -54,17 +57,31 @@ def train(folder, kill_at):
         UnfreezeAtConvergence(1e-3, max_frozen_epochs=3, backup_dir=folder / "backup"),
         KillAt(kill_at),
     ]
-    # Data that `fit` shuffles would come in another order after a new start.
+    # On JAX and torch, data that `fit` shuffles comes in another order after a new start.
     fit = {"validation_split": 0.25, "shuffle": False, "callbacks": callbacks, "verbose": 0}
     model.fit(x, y, epochs=EPOCHS, **fit)
     model.save_weights(folder / "final.weights.h5")
     print(f"ended with loss {model.evaluate(x, y, verbose=0):.6f}")
 
 
-def start(folder, kill_at):
-    """Starts the training in a process of its own. Returns how it ended."""
+def start(folder, kill_at, ends_with=0):
+    """Starts the training in a process of its own, and waits for its end."""
     command = [sys.executable, __file__, "--folder", str(folder), "--kill-at", str(kill_at)]
-    return subprocess.run(command, check=False).returncode
+    if subprocess.run(command, check=False).returncode != ends_with:
+        sys.exit("The training did not end as it should.")
+
+
+def final_weights(folder):
+    """Returns the names and bytes of all arrays in the file of final weights."""
+    found = {}
+
+    def note(name, item):
+        if isinstance(item, h5py.Dataset):
+            found[name] = item[()].tobytes()
+
+    with h5py.File(folder / "final.weights.h5") as file:
+        file.visititems(note)
+    return found
 
 
 def main():
@@ -83,26 +100,13 @@ def main():
         print("An undisturbed run:", flush=True)
         start(folders[0], kill_at=-1)
         print("\nThe same, killed in fine-tuning:", flush=True)
-        start(folders[1], kill_at=5)
+        start(folders[1], kill_at=5, ends_with=-signal.SIGKILL)
         print("\nStarted again:", flush=True)
         start(folders[1], kill_at=-1)
-        first, second = (_weights(folder) for folder in folders)
+        first, second = (final_weights(folder) for folder in folders)
     if first != second:
         sys.exit("The weights differ.")
     print("\nThe final weights are equal, bit for bit.")
-
-
-def _weights(folder):
-    """Returns the names and bytes of all arrays in the file of final weights."""
-    found = {}
-
-    def note(name, item):
-        if isinstance(item, h5py.Dataset):
-            found[name] = item[()].tobytes()
-
-    with h5py.File(folder / "final.weights.h5") as file:
-        file.visititems(note)
-    return found
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ complains, which a "not" turns around. The program prints the accuracy of a head
 encoder, and of the same with fine-tuning, as mean and standard deviation over seeds.
 
     python examples/text.py
+
+Words become numbers outside of the model, so it runs on any backend of Keras.
 """
 
 import argparse
@@ -19,24 +21,30 @@ import numpy as np
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 
-TOPICS, WORDS, LENGTH, WIDTH = 4, 12, 10, 32
-# Words are numbers: 0 is padding, then those of each topic, unkind and kind words, "not", fillers.
-UNKIND = 1 + TOPICS * WORDS
-NOT = UNKIND + 2 * WORDS
-VOCABULARY = NOT + 50
+VOCABULARY, LENGTH, WIDTH = 200, 12, 32
+TOPICS = (
+    ["soup", "bread", "cake", "pizza", "salad", "coffee", "dessert", "waiter"],
+    ["train", "hotel", "flight", "beach", "island", "map", "guide", "ferry"],
+    ["match", "team", "goal", "coach", "race", "player", "stadium", "referee"],
+    ["plot", "actor", "scene", "film", "script", "ending", "camera", "song"],
+)
+UNKIND = ["bad", "awful", "boring", "poor", "dull", "weak", "horrible", "sad"]
+KIND = ["good", "great", "lovely", "superb", "fine", "brilliant", "charming", "perfect"]
+BEGINS = "", "honestly", "i must say", "for me", "as we all know", "last week"
+VERBS = ["is", "was", "seemed", "looked", "felt", "became"]
+ENDS = "", "today", "in the end", "if you ask me", "after all", "once more"
 
 
 def sentences(count, seed):
     """Returns sentences, the topic and kind word of each as one label, and which of them praise."""
     random = np.random.default_rng(seed)
-    topics, kind, negated = (random.integers(n, size=count) for n in (TOPICS, 2, 2))
-    words = random.integers(NOT + 1, VOCABULARY, size=(count, LENGTH))
-    rows, places = np.arange(count), np.argsort(random.random((count, 6)))
-    words[rows, places[:, 0]] = 1 + topics * WORDS + random.integers(WORDS, size=count)
-    words[rows, places[:, 1]] = UNKIND + kind * WORDS + random.integers(WORDS, size=count)
-    words[rows[negated == 1], places[negated == 1, 2]] = NOT
-    words[np.arange(LENGTH) >= random.integers(6, LENGTH + 1, size=(count, 1))] = 0
-    return words, 2 * topics + kind, np.where(negated, 1 - kind, kind)
+    topics, kind, negated = (random.integers(n, size=count) for n in (len(TOPICS), 2, 2))
+    texts = [
+        f"{random.choice(BEGINS)} the {random.choice(TOPICS[topic])} {random.choice(VERBS)} "
+        f"{'not' if no else ''} {random.choice((UNKIND, KIND)[good])} {random.choice(ENDS)}"
+        for topic, good, no in zip(topics, kind, negated)
+    ]
+    return texts, 2 * topics + kind, np.where(negated, 1 - kind, kind)
 
 
 @keras.saving.register_keras_serializable(package="examples")
@@ -56,7 +64,7 @@ class WordsAndPositions(keras.layers.Layer):
         return self.words(x) + self.positions(keras.ops.arange(LENGTH))
 
     def compute_mask(self, x, mask=None):
-        return keras.ops.not_equal(x, 0)
+        return self.words.compute_mask(x)
 
 
 def make_encoder(blocks=2):
@@ -81,18 +89,17 @@ def classifier(encoder, classes):
     return model
 
 
-def transfer(weights, callback, seed, epochs):
+def transfer(weights, numbers, callback, seed, epochs):
     """Trains on few labels. Returns the accuracy on held-out sentences."""
     keras.utils.set_random_seed(seed)
     encoder = make_encoder()
     encoder.set_weights(weights)
     model = classifier(FrozenBackbone(encoder), 2)
-    (x, _, y), (x_val, _, y_val), (x_test, _, y_test) = (
-        sentences(count, 10 * seed + part) for part, count in enumerate((200, 200, 2000), start=1)
-    )
-    fit = {"validation_data": (x_val, y_val), "callbacks": [callback], "verbose": 0}
-    model.fit(x, y, batch_size=20, epochs=epochs, **fit)
-    return model.evaluate(x_test, y_test, batch_size=500, verbose=0)[1]
+    parts = [sentences(count, 10 * seed + part) for part, count in enumerate((150, 150, 2000), 1)]
+    train, validation, test = ((numbers(texts), praise) for texts, _, praise in parts)
+    fit = {"validation_data": validation, "callbacks": [callback], "verbose": 0}
+    model.fit(*train, batch_size=15, epochs=epochs, **fit)
+    return model.evaluate(*test, batch_size=500, verbose=0, return_dict=True)["accuracy"]
 
 
 def main():
@@ -100,25 +107,31 @@ def main():
     parser.add_argument("--small", action="store_true", help="one seed and less data")
     small = parser.parse_args().small
     keras.utils.set_random_seed(0)
-    x, labels, _ = sentences(1000 if small else 5000, 0)
+    texts, labels, _ = sentences(1000 if small else 5000, 0)
+    vectorize = keras.layers.TextVectorization(VOCABULARY, output_sequence_length=LENGTH)
+    vectorize.adapt(texts)
+
+    def numbers(texts):
+        return np.asarray(keras.ops.convert_to_numpy(vectorize(texts)), "int32")
+
     encoder = make_encoder()
-    pretrained = classifier(encoder, 2 * TOPICS)
-    pretrained.fit(x, labels, batch_size=50, epochs=2 if small else 5, verbose=0)
-    accuracy = pretrained.evaluate(x, labels, verbose=0)[1]
+    pretrained = classifier(encoder, 2 * len(TOPICS))
+    pretrained.fit(numbers(texts), labels, batch_size=50, epochs=3 if small else 5, verbose=0)
+    accuracy = pretrained.evaluate(numbers(texts), labels, verbose=0, return_dict=True)["accuracy"]
+    print(f"for example: {texts[0].strip()!r}")
     print(f"accuracy on what the encoder is pretrained on: {accuracy:.3f}")
 
     def head_only():
         return keras.callbacks.EarlyStopping(patience=4, restore_best_weights=True)
 
     def unfreeze():
-        return UnfreezeAtConvergence(
-            2e-3, patience=4, max_frozen_epochs=10, fine_tune_patience=6, verbose=0
-        )
+        settings = {"max_frozen_epochs": 10, "patience": 4, "fine_tune_patience": 6, "verbose": 0}
+        return UnfreezeAtConvergence(2e-3, **settings)
 
     print("| way       | accuracy | spread |\n|-----------|----------|--------|")
     for name, callback in {"head only": head_only, "keras_tl": unfreeze}.items():
         found = [
-            transfer(encoder.get_weights(), callback(), seed, 20 if small else 100)
+            transfer(encoder.get_weights(), numbers, callback(), seed, 20 if small else 100)
             for seed in range(1 if small else 3)
         ]
         print(f"| {name:9} | {np.mean(found):8.3f} | {np.std(found):6.3f} |")
