@@ -73,7 +73,7 @@ def schedules(backbone, limit):
 
 
 def run(name, source, data, limit, pictures):
-    """Trains with one schedule, prints its switches, and returns the accuracy."""
+    """Trains with one schedule, and prints its switches and the accuracy."""
     train, validation, test = data
     keras.utils.set_random_seed(0)
     pretrained = make_backbone()
@@ -85,23 +85,16 @@ def run(name, source, data, limit, pictures):
         patience=1,
         max_frozen_epochs=limit,
         fine_tune_patience=3,
-        verbose=0,
     )
+    print(f"\n{name}")
     fit = {"validation_data": validation, "callbacks": [callback], "verbose": 0}
     model.fit(*train, batch_size=10, epochs=60, **fit)
-    print(f"\n{name}")
-    for switch in callback.transitions:
-        print(
-            f"  epoch {switch.epoch + 1:2}: {switch.reason}; {', '.join(switch.layers)} "
-            f"({switch.trainable_before:,} -> {switch.trainable_after:,} parameters), "
-            f"learning rate {switch.learning_rate_after:.1e}"
-        )
     if pictures:
         file = name.replace(" ", "_")
         plot_stages(callback).savefig(pictures / f"{file}.png")
         plot_trainable(model).savefig(pictures / f"{file}_trainable.png")
     accuracy = model.evaluate(*test, batch_size=len(test[1]), verbose=0)[1]
-    print(f"  accuracy on held-out digits: {accuracy:.3f}")
+    print(f"accuracy on held-out digits: {accuracy:.3f}")
 
 
 def main():

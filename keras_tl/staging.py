@@ -151,6 +151,17 @@ class StagedModel:
             rates.update(optimizer.logs())
         return rates
 
+    def group_learning_rates(self) -> dict[str, tuple[float, float]]:
+        """Returns the lowest and highest learning rate in each parameter group, the head first."""
+        optimizer = internals.without_loss_scale(self._model.optimizer)
+        if not isinstance(optimizer, GroupOptimizer):
+            return {}
+        weights = self._model.trainable_weights[::-1]
+        rates: dict[str, list[float]] = {}
+        for weight, rate in zip(weights, optimizer.rates(weights), strict=True):
+            rates.setdefault(optimizer.group_of(weight), []).append(rate)
+        return {group: (min(found), max(found)) for group, found in rates.items()}
+
     def optimizers(self) -> list[keras.Optimizer]:
         """Returns the optimizers of the groups, or the one that there is."""
         optimizer = internals.without_loss_scale(self._model.optimizer)

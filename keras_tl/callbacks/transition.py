@@ -21,6 +21,8 @@ class Transition:
         value: Float or None. The best monitored value of the stage that ended.
         learning_rate_before: Float. The learning rate at the end of that stage.
         learning_rate_after: Float. The learning rate of the new stage.
+        group_learning_rates: Dictionary from the names of the parameter groups in the new stage, if
+            there are any, to the lowest and highest learning rate in each.
         trainable_before: Int. How many parameters were trainable before.
         trainable_after: Int. How many are trainable after.
         layers: Tuple of strings. The names of the layers that became trainable, from input to
@@ -41,27 +43,26 @@ class Transition:
     layers: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     cannot_train: tuple[str, ...] = ()
+    group_learning_rates: Mapping[str, tuple[float, float]] = dataclasses.field(
+        default_factory=dict, hash=False
+    )
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Transition:
         """Returns the record that `dataclasses.asdict` and JSON have made a dictionary of."""
-        fields: dict[str, Any] = {
-            key: tuple(one) if isinstance(one, list) else one for key, one in values.items()
-        }
-        return cls(**fields)
+        return cls(**{key: _with_tuples(value) for key, value in values.items()})
 
-    def describe(self, what: str, why: str, then: str, rates: Mapping[str, float]) -> str:
+    def describe(self, what: str, why: str, then: str) -> str:
         """Returns a block of lines for the user.
 
         Args:
             what: String. What the callback does, after its name.
             why: String. What the reason means.
             then: String. What happens next.
-            rates: Dictionary. The learning rates of the parameter groups in the new stage, if there
-                are any, by their names.
         """
         best = "" if self.value is None else f" (best {self.value:.4g})"
-        groups = ", ".join(f"{name} {rate:.4g}" for name, rate in rates.items())
+        rates = self.group_learning_rates.items()
+        groups = ", ".join(f"{name} {_range(*ends)}" for name, ends in rates)
         rate = f"{self.learning_rate_before:.4g} -> {self.learning_rate_after:.4g}"
         lines = {
             "because": why + best,
@@ -74,6 +75,17 @@ class Transition:
         }
         shown = [f"  {label:<15}{text}" for label, text in lines.items() if text]
         return "\n".join([f"Epoch {self.epoch + 1}: UnfreezeAtConvergence {what}", *shown])
+
+
+def _with_tuples(value: Any) -> Any:
+    """Returns a value that JSON has made lists of tuples in."""
+    if isinstance(value, Mapping):
+        return {key: _with_tuples(one) for key, one in value.items()}
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _range(lowest: float, highest: float) -> str:
+    return f"{highest:.4g}" if lowest == highest else f"{lowest:.4g} to {highest:.4g}"
 
 
 def _layers(names: tuple[str, ...]) -> str:

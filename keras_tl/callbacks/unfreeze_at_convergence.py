@@ -502,6 +502,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             layers=self._staged.backbones.names_of(freezing.without(after, before)),
             frozen=self._staged.backbones.names_of(freezing.without(before, after)),
             cannot_train=tuple(weight.path for weight in self._staged.backbones.cannot_train()),
+            group_learning_rates=self._staged.group_learning_rates(),
         )
         self.transitions.append(transition)
         why = self._described(reason)
@@ -530,14 +531,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def _say_switch(self, transition: Transition, why: str) -> None:
         what = f"begins stage {transition.stage} of" if self._scheduled else "unfreezes"
-        rates = self._staged.learning_rates(transition.stage)
-        groups = {
-            name.removeprefix("learning_rate_"): rate
-            for name, rate in rates.items()
-            if name != "learning_rate" and rate
-        }
         then = what_next(self.monitor, *self._limits(), last=self.stage == len(self.stages))
-        block = transition.describe(f"{what} {self._staged.names}", why, then, groups)
+        block = transition.describe(f"{what} {self._staged.names}", why, then)
         self._say(block)
         tensorboard.write_switch(self._beside, transition.epoch, block)
 

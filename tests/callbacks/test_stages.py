@@ -1,6 +1,8 @@
 """Several stages in one `fit`: what trains in each, how each ends, what its optimizer knows."""
 
+import dataclasses
 import itertools
+import json
 
 import keras
 import numpy as np
@@ -17,6 +19,7 @@ from keras_tl import (
     layerwise_learning_rates,
     switching,
 )
+from keras_tl.callbacks.transition import Transition
 from tests import models
 from tests.conftest import Recorder, Scripted, as_bytes, examples, regression_data, values_of
 
@@ -341,21 +344,24 @@ def test_rates_by_layer_with_and_without_a_group_for_the_head():
         assert group == ("backbone_1" if head else "backbone_2")
 
 
-def test_rates_by_layer_of_a_group_that_goes_on():
+def test_rates_by_layer_of_a_group_that_goes_on(capsys):
     model, wrapper = build(keras.optimizers.SGD(0.01))
     head = {"head_learning_rate": 5e-3}
     rates = {"block2_dense": 1e-3, "block3_dense": 4e-3}
-    fit(
-        model,
-        staged(Stage("block[23]_dense", rates, epochs=1, **head), Stage("all", 1e-4, **head)),
-        epochs=3,
-    )
+    stages = Stage("block[23]_dense", rates, epochs=1, **head), Stage("all", 1e-4, **head)
+    callback = staged(*stages, verbose=1)
+    fit(model, callback, epochs=3)
     optimizer = model.optimizer
     scales = [
         optimizer.scales[optimizer._var_key(wrapper.backbone.get_layer(f"{block}_dense").kernel)]
         for block in BLOCKS
     ]
     assert scales == [("backbone_2", 1.0), ("backbone_1", 0.25), ("backbone_1", 1.0)]
+    said = "(head 0.005, backbone_1 0.001 to 0.004, backbone_2 0.0001)"
+    assert said in capsys.readouterr().out.splitlines()[-2]
+    last = callback.transitions[-1]
+    assert last.group_learning_rates["backbone_1"] == pytest.approx((1e-3, 4e-3))
+    assert Transition.from_dict(json.loads(json.dumps(dataclasses.asdict(last)))) == last
 
 
 def test_rates_by_layer_without_stages():
