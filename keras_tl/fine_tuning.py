@@ -128,7 +128,7 @@ def fine_tune(
             "A generator needs `steps_per_epoch`: it is read in several epochs, and must not end. "
             "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset`."
         )
-    says = int(verbose != 0)
+    says = 1 if verbose == "auto" else verbose
     switch = UnfreezeAtConvergence(
         learning_rate,
         backbone=backbone,

@@ -38,7 +38,7 @@ class Extraction:
         training: Bool. Whether layers are called as in `fit`, or as in `evaluate`.
         store: A `MemoryStore` or `DiskStore`.
         dtype: String or None. The dtype that features are kept in, if not their own.
-        verbose: Bool. Whether there is a progress bar.
+        verbose: 0, 1 or 2, as `Progbar` takes it.
     """
 
     def __init__(
@@ -53,7 +53,7 @@ class Extraction:
         store: MemoryStore | DiskStore,
         dtype: str | None,
         training: bool,
-        verbose: bool,
+        verbose: int,
     ):
         self._split = split
         self._source = source
@@ -253,8 +253,8 @@ def _changed(before: Sequence[tuple[str, keras.Variable, bytes]]) -> list[str]:
 class _Progress:
     """A progress bar with batches, samples per second and the time left."""
 
-    def __init__(self, target: int | None, verbose: bool):
-        self._bar = keras.utils.Progbar(target, unit_name="batch") if verbose else None
+    def __init__(self, target: int | None, verbose: int):
+        self._bar = keras.utils.Progbar(target, verbose=verbose, unit_name="batch")
         self._batches = self._samples = 0
         self._begin = time.monotonic()
 
@@ -265,11 +265,10 @@ class _Progress:
         """Counts a batch."""
         self._batches += 1
         self._samples += samples
-        if self._bar is not None:
-            self._bar.update(self._batches, [("samples_per_second", self._rate())], finalize=False)
+        self._bar.update(self._batches, [("samples_per_second", self._rate())], finalize=False)
 
     def __exit__(self, *exception: object) -> None:
-        if self._bar is not None and self._batches:
+        if self._batches:
             rate = [("samples_per_second", self._rate())]
             self._bar.update(self._batches, rate, finalize=True)
 

@@ -137,7 +137,7 @@ class FeatureCache:
                 data that is not arrays is read again after it was recorded, to see that it is the
                 same each time. Otherwise only shapes, dtypes, weights and configuration are
                 compared.
-            verbose: 0 or 1. Whether there is a progress bar.
+            verbose: 0, 1 or 2, as in `fit`: silence, a progress bar, or one line at the end.
 
         Returns:
             A `tf.data.Dataset` of batches of `(features, targets[, weights])`, as the data has
@@ -168,7 +168,7 @@ class FeatureCache:
             random=views is not None,
             training=training,
             dtype=dtype,
-            verbose=bool(verbose),
+            verbose=verbose,
         ).get(shard, check_data=check_data)
         records = store.records or _records_of_nothing(self._split, source)
         by_pass = [[shard for part in parts for shard in part[view]] for view in range(passes)]

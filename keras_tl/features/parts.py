@@ -20,7 +20,7 @@ class Parts:
         random: Bool. Whether each pass may be different.
         training: Bool. Whether layers are called as in `fit`, or as in `evaluate`.
         dtype: String or None. The dtype that features are kept in, if not their own.
-        verbose: Bool. Whether there is a progress bar.
+        verbose: 0, 1 or 2, as `Progbar` takes it.
     """
 
     def __init__(
@@ -33,7 +33,7 @@ class Parts:
         random: bool,
         training: bool,
         dtype: str | None,
-        verbose: bool,
+        verbose: int,
     ):
         self._split, self._source, self._store = split, source, store
         self._views, self._random, self._training = views, random, training

@@ -271,6 +271,10 @@ def test_there_is_a_progress_bar_with_rate_and_time_left(model, capsys):
     assert "samples_per_second" in printed
     FeatureCache(model)(X, batch_size=4, verbose=0)
     assert capsys.readouterr().out == ""
+    FeatureCache(model)(X, batch_size=4, verbose=2)
+    line = capsys.readouterr().out
+    assert line.startswith("5/5")
+    assert line.index("\n") == len(line) - 1
 
 
 @pytest.mark.parametrize(
