@@ -319,18 +319,18 @@ class FreezeGuard(keras.callbacks.Callback):
         )
 
     def _summary(self) -> str:
-        weights = self._watch.weights
-        total = (
-            f"{len(weights)} weights that must not change ({count_params(weights):,} parameters)"
-        )
         if self.restored:
-            times = self.restored.total()
-            return (
-                f"FreezeGuard restored {len(self.restored)} of the {total}, {_times(times)} in all."
-            )
+            times = _times(self.restored.total())
+            return f"FreezeGuard restored {_weights(len(self.restored))}, {times} in all."
         if self._warned:
-            return f"FreezeGuard: {len(self._warned)} of the {total} have changed."
-        return f"FreezeGuard: all {total} are as they were, bit for bit."
+            return f"FreezeGuard: {_weights(len(self._warned))} changed that must not."
+        weights = self._watch.weights
+        if not weights:
+            return "FreezeGuard: nothing is frozen at the end. No weight changed while it was."
+        return (
+            f"FreezeGuard: all {len(weights)} weights that must not change "
+            f"({count_params(weights):,} parameters) are as they were, bit for bit."
+        )
 
 
 def _batches_between(check: Any) -> int:
@@ -349,6 +349,10 @@ def _batches_between(check: Any) -> int:
 
 def _same(first: Sequence[keras.Variable], second: Sequence[keras.Variable]) -> bool:
     return [id(weight) for weight in first] == [id(weight) for weight in second]
+
+
+def _weights(count: int) -> str:
+    return "1 weight" if count == 1 else f"{count} weights"
 
 
 def _times(count: int) -> str:
