@@ -57,7 +57,7 @@ def train(folder, kill_at):
         UnfreezeAtConvergence(1e-3, max_frozen_epochs=3, backup_dir=folder / "backup"),
         KillAt(kill_at),
     ]
-    # On JAX and torch, data that `fit` shuffles comes in another order after a new start.
+    # Data that `fit` shuffles may come in another order after a new start.
     fit = {"validation_split": 0.25, "shuffle": False, "callbacks": callbacks, "verbose": 0}
     model.fit(x, y, epochs=EPOCHS, **fit)
     model.save_weights(folder / "final.weights.h5")
