@@ -88,12 +88,20 @@ class ConvergenceMonitor:
         return self.wait >= self.patience
 
     def get_state(self) -> dict[str, Any]:
-        """Returns what it has seen, as JSON can hold it, for `set_state`."""
+        """Returns what it has seen, for `set_state`.
+
+        Returns:
+            A dictionary that JSON can hold.
+        """
         best = None if self.best is None else float(self.best)
         return {"best": best, "best_epoch": self.best_epoch, "wait": self.wait}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on from what `get_state` returned."""
+        """Goes on where another monitor was.
+
+        Args:
+            state: What its `get_state` returned.
+        """
         self.best, self.best_epoch = state["best"], state["best_epoch"]
         self.wait = state["wait"]
 

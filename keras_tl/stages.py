@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_tl.backbones import unwrapped
 from keras_tl.blocks import split_by_depth
@@ -119,6 +120,12 @@ class Stage:
 
         Raises:
             ValueError: If an argument is out of range.
+
+        Example:
+
+        >>> backbone = keras.applications.MobileNetV2(weights=None)
+        >>> [stage.learning_rate for stage in Stage.by_depth(backbone, 3, 4e-4, decay=0.5)]
+        [0.0004, 0.0002, 0.0001]
         """
         rate = check_number(learning_rate, "learning_rate")
         decay = check_number(decay, "decay")
@@ -131,17 +138,11 @@ class Stage:
             stages.append(cls(selection, rate * decay**depth, **arguments))
         return stages
 
-    def check_rate_is_default(self, optimizer: keras.Optimizer) -> None:
-        """Raises a ValueError if an optimizer, with its own learning rate, leaves this one lost."""
-        if self.learning_rate != DEFAULT_RATE:
-            raise ValueError(
-                "`optimizer` brings its own learning rate, so "
-                f"`learning_rate={self.learning_rate!r}` would be lost. Leave it out, and make the "
-                f"optimizer with it: `{type(optimizer).__name__}({self.learning_rate!r})`."
-            )
-
     def to_dict(self) -> dict[str, Any]:
         """Returns the stage as plain data, for a JSON or YAML file.
+
+        Returns:
+            A dictionary of the arguments that are not defaults.
 
         Raises:
             ValueError: If it has a function for layers or learning rates, which no file can hold.
@@ -160,10 +161,19 @@ class Stage:
     def from_dict(cls, config: Mapping[str, Any]) -> Stage:
         """Returns the stage that `to_dict` wrote down.
 
-        Numbers may be strings, as YAML reads `1e-5`.
+        Args:
+            config: Dictionary of the arguments. Numbers may be strings, as YAML reads `1e-5`.
+
+        Returns:
+            A `Stage`.
 
         Raises:
             ValueError: If keys are missing or unknown, or a value is out of range.
+
+        Example:
+
+        >>> print(Stage.from_dict({"layers": "block5.*", "learning_rate": "1e-4", "epochs": 3}))
+        layers "block5.*", learning rate 0.0001, 3 epochs
         """
         names = [field.name for field in dataclasses.fields(cls)]
         if not isinstance(config, Mapping) or not {"layers", "learning_rate"} <= set(config) <= set(
@@ -219,6 +229,16 @@ def check_stages(stages: Any, *, instead_of: Stage) -> list[Stage]:
     return [stage if isinstance(stage, Stage) else Stage.from_dict(stage) for stage in stages]
 
 
+def check_rate_is_default(stage: Stage, optimizer: keras.Optimizer) -> None:
+    """Raises a ValueError if an optimizer, with its own learning rate, leaves the stage's lost."""
+    if stage.learning_rate != DEFAULT_RATE:
+        raise ValueError(
+            f"`optimizer` brings its own learning rate, so `learning_rate={stage.learning_rate!r}` "
+            "would be lost. Leave it out, and make the optimizer with it: "
+            f"`{type(optimizer).__name__}({stage.learning_rate!r})`."
+        )
+
+
 def _plain(name: str, value: Any) -> Any:
     if isinstance(value, re.Pattern):
         return value.pattern
@@ -228,6 +248,8 @@ def _plain(name: str, value: Any) -> Any:
         return dict(value)
     if isinstance(value, (list, tuple)):
         return list(value)
+    if isinstance(value, np.generic):
+        return value.item()
     if callable(value):
         raise ValueError(
             f"`{name}` is a function, which no file can hold. Pass names or a regular expression "

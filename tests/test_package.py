@@ -1,8 +1,11 @@
 """What holds for the package as a whole."""
 
+import inspect
 import re
 from importlib import metadata
 from pathlib import Path
+
+import pytest
 
 import keras_tl
 
@@ -38,6 +41,31 @@ def test_only_internals_and_features_which_are_tf_data_import_tensorflow():
     assert {path.parent.name for path in touching} == {"internals", "features"}
 
 
-def test_public_docstrings_have_an_example():
-    for name in set(keras_tl.__all__) - {"__version__"}:
-        assert ">>> " in getattr(keras_tl, name).__doc__, name
+PUBLIC = [getattr(keras_tl, name) for name in keras_tl.__all__ if name != "__version__"]
+
+
+@pytest.mark.parametrize("one", PUBLIC, ids=lambda one: one.__name__)
+def test_public_docstrings_have_an_example(one):
+    assert ">>> " in one.__doc__
+
+
+def own_functions():
+    """The public functions, and methods that are not Keras' own names."""
+    for one in PUBLIC:
+        if inspect.isfunction(one):
+            yield one
+        elif inspect.isclass(one):
+            keras_names = {name for base in one.__mro__[1:] for name in vars(base)}
+            names = set(vars(one)) - keras_names
+            functions = (getattr(one, name) for name in sorted(names) if name[0] != "_")
+            yield from (function for function in functions if inspect.isroutine(function))
+
+
+@pytest.mark.parametrize("function", own_functions(), ids=lambda function: function.__qualname__)
+def test_public_docstrings_say_what_is_taken_and_returned(function):
+    signature = inspect.signature(function)
+    taken = set(signature.parameters) - {"self"}
+    assert ("Args:" in function.__doc__) == bool(taken)
+    assert ("Returns:" in function.__doc__) == (signature.return_annotation != "None")
+    described = re.findall(r"^ +\**(\w+): ", function.__doc__, flags=re.MULTILINE)
+    assert taken <= set(described)

@@ -4,6 +4,7 @@ import json
 import re
 
 import keras
+import numpy as np
 import pytest
 
 from keras_tl import Stage, UnfreezeAtConvergence
@@ -41,6 +42,15 @@ def test_numbers_as_yaml_reads_them():
 
 def test_defaults_are_left_out_of_the_file():
     assert Stage("all", 1e-5).to_dict() == {"layers": "all", "learning_rate": 1e-5}
+
+
+def test_numbers_of_numpy_are_written_as_json_has_them():
+    stage = Stage(2, np.float64(0.5), patience=np.int32(3))
+    assert json.loads(json.dumps(stage.to_dict())) == {
+        "layers": 2,
+        "learning_rate": 0.5,
+        "patience": 3,
+    }
 
 
 @pytest.mark.parametrize(

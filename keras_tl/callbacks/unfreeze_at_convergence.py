@@ -24,7 +24,7 @@ from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delt
 from keras_tl.learning_rates import LearningRate
 from keras_tl.messages import say
 from keras_tl.selecting import Backbone, Selection, is_built
-from keras_tl.stages import DEFAULT_RATE, Stage, check_stages
+from keras_tl.stages import DEFAULT_RATE, Stage, check_rate_is_default, check_stages
 from keras_tl.staging import StagedModel
 from keras_tl.warm_up import WarmUp, check_can_be_set, learning_rate_of
 
@@ -175,7 +175,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if optimizer is not None:
             switching.check_fresh(optimizer)
             if stages is None:
-                only.check_rate_is_default(optimizer)
+                check_rate_is_default(only, optimizer)
         check_count("warmup_steps", warmup_steps)
         if warmup_steps:
             rates = [stage.learning_rate for stage in self.stages]

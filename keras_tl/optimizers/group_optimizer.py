@@ -113,11 +113,29 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         return {key: (group, self._scales[key]) for key, group in self._names.items()}
 
     def group_of(self, variable: keras.Variable) -> str:
-        """Returns the name of the group that a variable is in, once the optimizer is built."""
+        """Returns the name of the group that a variable is in.
+
+        Args:
+            variable: One of those that the optimizer was built with.
+
+        Returns:
+            String.
+
+        Raises:
+            KeyError: If the optimizer is not built, or not with that variable.
+        """
         return self._names[self._var_key(variable)]
 
     def rates(self, variables: Sequence[keras.Variable]) -> list[float]:
-        """Returns the learning rate of each of the variables, whether it is built or not."""
+        """Returns the learning rate of each of some variables.
+
+        Args:
+            variables: List of them. Before the optimizer is built, any; then those that it was
+                built with.
+
+        Returns:
+            A list of floats.
+        """
         if self.built:
             groups = [self.group_of(variable) for variable in variables]
             scales = [self._scale_of(variable) for variable in variables]
@@ -126,7 +144,12 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         return [_rate(self._groups[group]) * scale for group, scale in zip(groups, scales)]
 
     def logs(self) -> dict[str, float]:
-        """Returns `learning_rate_<group>` for each group, as a float: 0 if nothing is in it."""
+        """Returns the learning rates of the groups, as a callback can put them into the logs.
+
+        Returns:
+            A dictionary from `learning_rate_<group>` to a float, which is 0 if nothing is in the
+            group.
+        """
         used = set(self._names.values())
         return {
             f"learning_rate_{group}": _rate(optimizer) if group in used else 0.0
@@ -243,6 +266,12 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
 
     def resolve(self, variables: Sequence[keras.Variable]) -> list[str]:
         """Returns the name of the group that each variable would be in.
+
+        Args:
+            variables: List of the variables to update.
+
+        Returns:
+            A list of strings.
 
         Raises:
             ValueError: If a variable is in no group or in two.
