@@ -1,5 +1,6 @@
 """Settings and builders that all tests share."""
 
+import gc
 import os
 import tempfile
 from importlib import metadata
@@ -69,6 +70,17 @@ def pytest_collection_modifyitems(items):
     for item in items:
         for mark in item.iter_markers("covers"):
             item.user_properties += [("covers", mark.args[0]), ("ran_on", title)]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _old_objects_are_not_searched():
+    """Leaves what stays of a module's tests out of garbage collections.
+
+    TensorFlow keeps much of each training step, and to search it all again and again takes minutes.
+    """
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
