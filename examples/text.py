@@ -114,10 +114,11 @@ def main():
     def numbers(texts):
         return np.asarray(keras.ops.convert_to_numpy(vectorize(texts)), "int32")
 
+    x = numbers(texts)
     encoder = make_encoder()
     pretrained = classifier(encoder, 2 * len(TOPICS))
-    pretrained.fit(numbers(texts), labels, batch_size=50, epochs=3 if small else 5, verbose=0)
-    accuracy = pretrained.evaluate(numbers(texts), labels, verbose=0, return_dict=True)["accuracy"]
+    pretrained.fit(x, labels, batch_size=50, epochs=3 if small else 5, verbose=0)
+    accuracy = pretrained.evaluate(x, labels, verbose=0, return_dict=True)["accuracy"]
     print(f"for example: {texts[0].strip()!r}")
     print(f"accuracy on what the encoder is pretrained on: {accuracy:.3f}")
 
@@ -125,8 +126,9 @@ def main():
         return keras.callbacks.EarlyStopping(patience=4, restore_best_weights=True)
 
     def unfreeze():
-        settings = {"max_frozen_epochs": 10, "patience": 4, "fine_tune_patience": 6, "verbose": 0}
-        return UnfreezeAtConvergence(2e-3, **settings)
+        return UnfreezeAtConvergence(
+            2e-3, patience=4, max_frozen_epochs=10, fine_tune_patience=6, verbose=0
+        )
 
     print("| way       | accuracy | spread |\n|-----------|----------|--------|")
     for name, callback in {"head only": head_only, "keras_tl": unfreeze}.items():

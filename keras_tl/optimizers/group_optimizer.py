@@ -141,7 +141,8 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
             scales = [self._scale_of(variable) for variable in variables]
         else:
             groups, scales = self.resolve(variables), self._resolve_scales(variables)
-        return [_rate(self._groups[group]) * scale for group, scale in zip(groups, scales)]
+        rates = self._rates_of_groups()
+        return [rates[group] * scale for group, scale in zip(groups, scales, strict=True)]
 
     def logs(self) -> dict[str, float]:
         """Returns the learning rates of the groups, as a callback can put them into the logs.
@@ -152,8 +153,8 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         """
         used = set(self._names.values())
         return {
-            f"learning_rate_{group}": _rate(optimizer) if group in used else 0.0
-            for group, optimizer in self._groups.items()
+            f"learning_rate_{group}": rate if group in used else 0.0
+            for group, rate in self._rates_of_groups().items()
         }
 
     def build(self, variables: Sequence[keras.Variable]) -> None:
@@ -314,19 +315,21 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
     def _scale_of(self, variable: keras.Variable) -> float:
         return self._scales[self._var_key(variable)]
 
+    def _rates_of_groups(self) -> dict[str, float]:
+        return {
+            group: float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+            for group, optimizer in self._groups.items()
+        }
+
     def _note_ratios(self) -> None:
         """Keeps how the rates relate: once all are 0, as in a warm-up, they would not tell."""
-        rates = {group: _rate(optimizer) for group, optimizer in self._groups.items()}
+        rates = self._rates_of_groups()
         reference = list(rates.values())[-1]
         if reference > 0:
             self._ratios = {group: rate / reference for group, rate in rates.items()}
 
 
 _SHOWN = 5
-
-
-def _rate(optimizer: keras.Optimizer) -> float:
-    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
 def _set_learning_rate(
