@@ -43,7 +43,14 @@ OVERWRITTEN = Cause(
     "The optimizer does not explain the change. Look for `assign`, `set_weights` or `load_weights` "
     'between the two moments, in other callbacks first; `check="batch"` finds the batch. A layer '
     "that writes its own weights in training mode, such as SpectralNormalization, belongs in a "
-    "keras_tl.FrozenBackbone.",
+    "keras_tl.FrozenBackbone. One that is moved on purpose, such as an average of another, is left "
+    "out with `FreezeGuard(exclude=...)`.",
+)
+RENEWED = Cause(
+    "trained in between, or overwritten",
+    "The model was compiled between the two moments, or its optimizer renewed, so the weight may "
+    'have trained before it was frozen again; `check="batch"` tells. Otherwise look for `assign`, '
+    "`set_weights` or `load_weights` in other callbacks.",
 )
 OPTIMIZER = Cause(
     "optimizer side effect",
@@ -119,7 +126,12 @@ def _known(model: keras.Model, optimizer: Any) -> set[int] | None:
 
 
 def find_causes(
-    model: keras.Model, changes: Sequence[Change], optimizer: Any, *, own_loop: bool
+    model: keras.Model,
+    changes: Sequence[Change],
+    optimizer: Any,
+    *,
+    own_loop: bool,
+    renewed: bool = False,
 ) -> list[Cause]:
     """Returns the likely cause of each change.
 
@@ -129,6 +141,7 @@ def find_causes(
         optimizer: The optimizer that trains it, or None if it is not known.
         own_loop: Bool. Whether the steps are not those of `fit`, and so may hand the optimizer any
             weights.
+        renewed: Bool. Whether the optimizer is another one than before the changes.
 
     Returns:
         A list of `Cause`, one for each change.
@@ -143,11 +156,12 @@ def find_causes(
     steps = _Steps(model, optimizer, own_loop)
     others = {id(c.weight): steps.cause_of(c) for c in changes if id(c.weight) not in statistics}
     overwritten = OVERWRITTEN in others.values()
-    return [
+    causes = [
         others.get(id(change.weight))
         or _cause_of_statistic(owners[id(change.weight)], steps, changed, overwritten)
         for change in changes
     ]
+    return [RENEWED if renewed and cause is OVERWRITTEN else cause for cause in causes]
 
 
 class _Steps:

@@ -45,8 +45,9 @@ class WeightChange:
     Attributes:
         path: String. The weight's path.
         cause: String. `"stale compile"`, `"BatchNormalization in training mode"`, `"overwritten"`,
-            `"optimizer side effect"`, or `"trained"` for a trainable layer that the guard was asked
-            to watch.
+            `"optimizer side effect"`, `"trained in between, or overwritten"` if the optimizer was
+            renewed in between, or `"trained"` for a trainable layer that the guard was asked to
+            watch.
         remedy: String. What to do about it.
         largest_change: Float. The largest absolute difference.
         difference: Float64 NumPy array of the weight's shape: the new value less the old one.

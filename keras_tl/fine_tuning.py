@@ -88,7 +88,8 @@ def fine_tune(
         shuffle: Bool. Whether each epoch is in a random order. The orders of a `tf.data.Dataset`
             or a generator are its own in fine-tuning. Defaults to `True`.
         class_weight: Dictionary from class indices to floats, as in `fit`.
-        callbacks: A callback or a list of them. To them it is one `fit` of `model`.
+        callbacks: A callback or a list of them. To them it is one `fit` of `model`. A `FreezeGuard`
+            among them takes the place of the one that is added otherwise, behind all others.
         verbose: `"auto"`, 0, 1, or 2, as in `fit`.
         **unfreezing: Further arguments of `UnfreezeAtConvergence`, such as `layers`, `stages`,
             `max_frozen_epochs`, `head_learning_rate` or `warmup_steps`.
@@ -138,8 +139,11 @@ def fine_tune(
         verbose=says,
         **unfreezing,
     )
+    given = keras.tree.flatten(callbacks) if callbacks else []
+    others = [one for one in given if not isinstance(one, FreezeGuard)]
+    guards = [one for one in given if isinstance(one, FreezeGuard)] or [FreezeGuard(verbose=says)]
     fits = JointFits(
-        [*(keras.tree.flatten(callbacks) if callbacks else ()), switch, FreezeGuard(verbose=says)],
+        [*others, switch, *guards],  # A guard follows a switch from the place behind it.
         model,
         epochs=epochs,
         verbose=verbose,

@@ -16,6 +16,7 @@ from keras_tl import internals
 
 Backbone: TypeAlias = keras.Layer | Sequence[keras.Layer]
 Selection: TypeAlias = str | int | re.Pattern | Sequence[str] | Callable[[keras.Layer], bool]
+Choice: TypeAlias = Selection | keras.Layer | Sequence[keras.Layer | str]
 
 ALLOWED = (
     'Pass "all", an int, a regular expression for whole layer names, a list of names, or a '
@@ -81,16 +82,20 @@ def layer_units(backbone: Backbone) -> list[keras.Layer]:
     return _unique(unit for layer in _top(backbone) for unit in visit(layer))
 
 
-def check_selection(layers: Selection) -> None:
+def check_selection(layers: Selection, argument: str = "layers") -> None:
     """Raises a ValueError unless `layers` is of a kind that can select layers."""
     kinds = (str, int, re.Pattern)
     names = isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)
     if isinstance(layers, bool) or not (isinstance(layers, kinds) or names or callable(layers)):
-        raise ValueError(f"`layers={layers!r}` is not a selection of layers. {ALLOWED}")
+        raise ValueError(f"`{argument}={layers!r}` is not a selection of layers. {ALLOWED}")
 
 
 def select_layers(
-    backbone: Backbone, layers: Selection = "all", *, count_batchnorm: bool = False
+    backbone: Backbone,
+    layers: Selection = "all",
+    *,
+    count_batchnorm: bool = False,
+    argument: str = "layers",
 ) -> list[keras.Layer]:
     """Returns the layers of the backbone that a selection names.
 
@@ -101,6 +106,7 @@ def select_layers(
             named `outer/inner`); a list of such names; or a function from a layer to a bool.
             A selected layer brings the layers in it.
         count_batchnorm: Bool. Whether an int n counts BatchNormalization layers.
+        argument: String. What the caller calls `layers`, for messages.
 
     Returns:
         The selected layers, without those that they bring, from input to output.
@@ -116,22 +122,68 @@ def select_layers(
     >>> [layer.name for layer in select_layers(backbone, 1)]
     ['b']
     """
-    check_selection(layers)
+    check_selection(layers, argument)
     if isinstance(layers, str) and layers == "all":
         selected = _roots(backbone)
     elif isinstance(layers, int):
-        selected = _nearest_output(backbone, layers, count_batchnorm)
+        selected = _nearest_output(backbone, layers, count_batchnorm, argument)
     elif isinstance(layers, (str, re.Pattern)):
-        selected = _matching(backbone, layers)
+        selected = _matching(backbone, layers, argument)
     elif isinstance(layers, Sequence):
-        selected = _named(backbone, layers)
+        selected = _named(backbone, layers, argument)
     else:
         selected = [layer for _, layer in named_layers(backbone) if layers(layer)]
     if not selected:
         raise ValueError(
-            f"`layers={layers!r}` selects no layer of the backbone {describe(backbone)}. {ALLOWED}"
+            f"`{argument}={layers!r}` selects no layer of the backbone {describe(backbone)}. "
+            f"{ALLOWED}"
         )
     return _unique(selected)
+
+
+def check_choice(layers: Choice, argument: str) -> None:
+    """Raises a ValueError unless `layers` is of a kind that `choose_layers` takes."""
+    given = [layers] if isinstance(layers, keras.Layer) else layers
+    if isinstance(given, Sequence) and any(isinstance(one, keras.Layer) for one in given):
+        given = [one for one in given if not isinstance(one, keras.Layer)]
+    check_selection(given, argument)
+
+
+def choose_layers(model: keras.Model, layers: Choice, argument: str) -> list[keras.Layer]:
+    """Returns the layers of a model that are given themselves, or that a selection names.
+
+    Args:
+        model: The model.
+        layers: As for `select_layers`; or a layer, or a list of layers and names.
+        argument: String. What the caller calls `layers`, for messages.
+
+    Raises:
+        ValueError: If a layer is not one of the model, or the selection is none or selects nothing.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2, name="head")])
+    >>> [layer.name for layer in choose_layers(model, model.layers[0], "exclude")]
+    ['head']
+    """
+    if isinstance(layers, keras.Layer):
+        layers = [layers]
+    if not isinstance(layers, Sequence) or not any(isinstance(one, keras.Layer) for one in layers):
+        return select_layers(model, layers, count_batchnorm=True, argument=argument)
+    known = {id(layer) for layer in flatten_layers(model)}
+    chosen: list[keras.Layer] = []
+    for one in layers:
+        if not isinstance(one, keras.Layer):
+            chosen += select_layers(model, [one], argument=argument)
+        elif id(one) in known:
+            chosen.append(one)
+        else:
+            raise ValueError(
+                f'`{argument}` has the layer "{one.name}", which is not one of the model '
+                f'"{model.name}". A copied or loaded model has layers of its own: pass one of '
+                f"this model, or its name, as in `{argument}={one.name!r}`."
+            )
+    return _unique(chosen)
 
 
 def is_built(backbone: Backbone) -> bool:
@@ -177,10 +229,12 @@ def _unique(layers: Iterable[keras.Layer]) -> list[keras.Layer]:
     return list({id(layer): layer for layer in layers}.values())
 
 
-def _nearest_output(backbone: Backbone, n: int, count_batchnorm: bool) -> list[keras.Layer]:
+def _nearest_output(
+    backbone: Backbone, n: int, count_batchnorm: bool, argument: str
+) -> list[keras.Layer]:
     if n < 1:
         raise ValueError(
-            f"`layers={n}` must be at least 1, the layer nearest the output. {ALLOWED}"
+            f"`{argument}={n}` must be at least 1, the layer nearest the output. {ALLOWED}"
         )
 
     def has_weights(unit: keras.Layer) -> bool:
@@ -193,23 +247,23 @@ def _nearest_output(backbone: Backbone, n: int, count_batchnorm: bool) -> list[k
     return [unit for unit in layer_units(backbone) if has_weights(unit)][-n:]
 
 
-def _matching(backbone: Backbone, pattern: str | re.Pattern) -> list[keras.Layer]:
+def _matching(backbone: Backbone, pattern: str | re.Pattern, argument: str) -> list[keras.Layer]:
     try:
         compiled = re.compile(pattern)
     except re.error as error:
         raise ValueError(
-            f"`layers={pattern!r}` is not a regular expression: {error}. {ALLOWED}"
+            f"`{argument}={pattern!r}` is not a regular expression: {error}. {ALLOWED}"
         ) from error
     selected = [layer for name, layer in named_layers(backbone) if compiled.fullmatch(name)]
     if not selected:
-        raise ValueError(f"{no_such_layer(backbone, compiled.pattern)} {ALLOWED}")
+        raise ValueError(f"{no_such_layer(backbone, compiled.pattern, argument)} {ALLOWED}")
     return selected
 
 
-def _named(backbone: Backbone, names: Sequence[str]) -> list[keras.Layer]:
+def _named(backbone: Backbone, names: Sequence[str], argument: str) -> list[keras.Layer]:
     named = named_layers(backbone)
     known = {name for name, _ in named}
     for name in names:
         if name not in known:
-            raise ValueError(f"{no_such_layer(backbone, name)} {ALLOWED}")
+            raise ValueError(f"{no_such_layer(backbone, name, argument)} {ALLOWED}")
     return [layer for name, layer in named if name in names]

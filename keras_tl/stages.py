@@ -13,7 +13,12 @@ import numpy as np
 from keras_tl.backbones import unwrapped
 from keras_tl.blocks import split_by_depth
 from keras_tl.convergence import check_count
-from keras_tl.learning_rates import LearningRate, check_learning_rate, check_number
+from keras_tl.learning_rates import (
+    LayerwiseLearningRates,
+    LearningRate,
+    check_learning_rate,
+    check_number,
+)
 from keras_tl.selecting import Backbone, Selection, check_selection
 
 DEFAULT_RATE = 1e-5
@@ -75,8 +80,10 @@ class Stage:
         check_selection(self.layers)
         rate = self.learning_rate
         if isinstance(rate, Mapping):
-            for name, one in rate.items():
-                check_number(one, f"learning_rate[{name!r}]")
+            rates = {n: check_number(one, f"learning_rate[{n!r}]") for n, one in rate.items()}
+            # Those by `layerwise_learning_rates` know their backbone, and are floats already.
+            if not isinstance(rate, LayerwiseLearningRates):
+                object.__setattr__(self, "learning_rate", rates)
         else:
             object.__setattr__(self, "learning_rate", check_learning_rate(rate))
         if self.head_learning_rate is not None:
@@ -240,16 +247,20 @@ def check_rate_is_default(stage: Stage, optimizer: keras.Optimizer) -> None:
 
 
 def _plain(name: str, value: Any) -> Any:
+    """Returns a value as JSON and YAML have it: no NumPy number or array at any depth."""
     if isinstance(value, re.Pattern):
         return value.pattern
     if isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
-        return keras.optimizers.schedules.serialize(value)
+        return _plain(name, keras.optimizers.schedules.serialize(value))
     if isinstance(value, Mapping):
-        return dict(value)
+        if value.get("class_name") == "__numpy__":
+            # So Keras writes an array, which the schedule itself cannot read back.
+            return value["config"]["value"]
+        return {_plain(name, key): _plain(name, one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return list(value)
-    if isinstance(value, np.generic):
-        return value.item()
+        return [_plain(name, one) for one in value]
+    if isinstance(value, (np.generic, np.ndarray)):
+        return value.tolist()
     if callable(value):
         raise ValueError(
             f"`{name}` is a function, which no file can hold. Pass names or a regular expression "

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from keras_tl import (
     FreezeGuard,
     FrozenBackbone,
+    FrozenWeightsChangedError,
     Stage,
     StaleCacheError,
     UnfreezeAtConvergence,
     fine_tune,
+    internals,
 )
 from tests import models, strategies
 from tests.conftest import examples, only_on, regression_data, seeded_dropout, values_of
@@ -393,3 +395,76 @@ def test_losses_before_the_split_count_in_both_stages():
         return model
 
     check_same(epochs=4, build=regularized, max_frozen_epochs=2)
+
+
+class Averages(keras.callbacks.Callback):
+    """Moves a frozen layer towards another, as a teacher that is an average of its student."""
+
+    def __init__(self, teacher, student):
+        super().__init__()
+        self.teacher, self.student = teacher, student
+
+    def on_epoch_end(self, epoch, logs=None):
+        for mine, theirs in zip(self.teacher.weights, self.student.weights, strict=True):
+            mine.assign(0.5 * mine + 0.5 * theirs)
+
+
+def build_with_teacher():
+    keras.utils.set_random_seed(0)
+    student, teacher = models.functional(["dense"]), models.functional(["dense"])
+    teacher.trainable = False
+    inputs = keras.Input((4,))
+    features = keras.layers.concatenate([FrozenBackbone(student)(inputs), teacher(inputs)])
+    model = keras.Model(inputs, keras.layers.Dense(1)(features))
+    model.compile(keras.optimizers.Adam(0.02), "mse", metrics=["mae"])
+    return model, Averages(teacher, student)
+
+
+def test_a_guard_among_the_callbacks_takes_the_place_of_the_one_that_is_added(capsys):
+    def run(train):
+        model, average = build_with_teacher()
+        guard = FreezeGuard(exclude=average.teacher, check="batch")
+        train(model, guard, average)
+        return values_of(model)
+
+    def in_two_steps(model, guard, average):
+        order = []
+        # Before the switch in the list, from where it must go behind it.
+        fine_tune(
+            model,
+            X,
+            Y,
+            learning_rate=0.01,
+            epochs=4,
+            max_frozen_epochs=2,
+            callbacks=[guard, average, Beside(order)],
+            **SETTINGS,
+        )
+        assert [name for name in order if name in ("FreezeGuard", "UnfreezeAtConvergence")] == [
+            "UnfreezeAtConvergence",
+            "FreezeGuard",
+        ]
+
+    def in_one(model, guard, average):
+        switch = UnfreezeAtConvergence(0.01, max_frozen_epochs=2, fine_tune_patience=3, verbose=0)
+        model.fit(X, Y, epochs=4, callbacks=[average, switch, guard], **SETTINGS)
+
+    assert run(in_two_steps) == run(in_one)
+    assert capsys.readouterr().out.count("Not watched: ") == 2
+
+
+class Beside(keras.callbacks.Callback):
+    """Notes the names of the callbacks that it is among."""
+
+    def __init__(self, names):
+        super().__init__()
+        self.names = names
+
+    def on_train_begin(self, logs=None):
+        self.names += [type(one).__name__ for one in internals.callbacks_beside(self)]
+
+
+def test_a_layer_that_is_moved_is_caught_by_the_guard_that_is_added():
+    model, average = build_with_teacher()
+    with pytest.raises(FrozenWeightsChangedError, match=r"`FreezeGuard\(exclude=...\)`"):
+        fine_tune(model, X, Y, epochs=2, callbacks=average, verbose=0)

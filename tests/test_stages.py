@@ -53,6 +53,48 @@ def test_numbers_of_numpy_are_written_as_json_has_them():
     }
 
 
+SCHEDULES = keras.optimizers.schedules
+
+
+@pytest.mark.parametrize(
+    ("layers", "learning_rate"),
+    [
+        ("all", {"a": np.float32(0.5), np.str_("b"): np.int64(1)}),
+        ([np.str_("a"), "b"], np.float16(0.5)),
+        ("all", SCHEDULES.ExponentialDecay(np.float32(0.5), np.int64(100), np.float64(0.5))),
+        ("all", SCHEDULES.PiecewiseConstantDecay([np.int64(5)], [0.5, np.float32(0.25)])),
+        ("all", SCHEDULES.PiecewiseConstantDecay(np.array([5]), np.array([0.5, 0.25]))),
+    ],
+    ids=["rates by layer", "names", "schedule", "lists in a schedule", "arrays in a schedule"],
+)
+def test_numbers_of_numpy_at_any_depth_go_through_a_file(layers, learning_rate):
+    def types(value):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        nested = isinstance(value, (dict, list))
+        return {type(value)}.union(*map(types, inner)) if nested else {type(value)}
+
+    stage = Stage(layers, learning_rate)
+    config = stage.to_dict()
+    loaded = Stage.from_dict(json.loads(json.dumps(config)))
+
+    assert types(config) <= {dict, list, str, int, float, bool, type(None)}
+    assert loaded.to_dict() == config
+    assert loaded.layers == layers
+    if isinstance(learning_rate, SCHEDULES.LearningRateSchedule):
+        assert [float(loaded.learning_rate(step)) for step in (0, 5, 6, 150)] == [
+            float(learning_rate(step)) for step in (0, 5, 6, 150)
+        ]
+    else:
+        assert loaded == stage
+
+
+def test_a_stage_keeps_its_rates_when_the_dictionary_changes():
+    rates = {"a": 0.5}
+    stage = Stage("all", rates)
+    rates["a"] = 0.1
+    assert stage == Stage("all", {"a": 0.5})
+
+
 @pytest.mark.parametrize(
     ("stage", "words"),
     [

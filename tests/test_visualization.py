@@ -91,9 +91,157 @@ def test_a_run_without_stages():
     assert lines(axes) == {"loss": [3.0, 2.0], "val_loss": [4.0, 3.0]}
 
 
+# Validation in some epochs only.
+
+
 def test_validation_in_some_epochs_only():
-    (axes,) = plot_stages({"loss": [5.0, 4.0, 3.0, 2.0, 1.0], "val_loss": [4.0, 2.0]}).axes
-    assert list(axes.lines[1].get_xdata()) == [2, 4]
+    logs = {"loss": [5.0, 4.0, 3.0, 2.0, 1.0], "val_loss": [4.0, 2.0], "val_mae": [3.0, 1.0]}
+    with pytest.warns(UserWarning, match="at 2, 4, as with `validation_freq=2`") as warned:
+        (axes,) = plot_stages(logs, metrics=["loss", "val_loss", "val_mae"]).axes
+    assert len(warned) == 1
+    assert [list(line.get_xdata()) for line in axes.lines[1:]] == [[2, 4], [2, 4]]
+
+
+@pytest.fixture(scope="module")
+def validated():
+    """Returns a function that trains, and returns the callback, the history and what `fit` knew."""
+    model = models.functional_outer(FrozenBackbone(models.functional(["dense"])))
+    runs = {}
+
+    class Validates(keras.callbacks.Callback):
+        """Scripts what validation measures, and notes when it does."""
+
+        def on_train_begin(self, logs=None):
+            self.values = {}
+
+        def on_epoch_end(self, epoch, logs=None):
+            if "val_loss" in logs:
+                logs["val_loss"] = self.values[epoch + 1] = [9, 8, 7, 6, 1, 4, 5][epoch]
+
+    def train(validation_freq, initial_epoch=0):
+        key = (str(validation_freq), initial_epoch)
+        runs[key] = runs.get(key) or new_run(validation_freq, initial_epoch)
+        return runs[key]
+
+    def new_run(validation_freq, initial_epoch):
+        switch = UnfreezeAtConvergence(1e-3, max_frozen_epochs=3, verbose=0)
+        validates = Validates()
+        model.layers[1].freeze()
+        model.compile(keras.optimizers.SGD(0.01), "mse", run_eagerly=True)
+        history = model.fit(
+            X,
+            Y,
+            validation_data=(X, Y),
+            validation_freq=validation_freq,
+            initial_epoch=initial_epoch,
+            epochs=7,
+            callbacks=[validates, switch],
+            verbose=0,
+        )
+        return switch, history, validates.values
+
+    return train
+
+
+WAITS = pytest.mark.filterwarnings("ignore:.*Waiting for an epoch with validation")
+FREQUENCIES = [(2, 0), (5, 0), (2, 1), ([1, 5], 0), ([2, 3, 6], 1)]
+
+
+@WAITS
+@pytest.mark.parametrize(("validation_freq", "initial_epoch"), FREQUENCIES)
+@pytest.mark.parametrize("told", ["by the callback", "by the argument"])
+def test_values_are_drawn_at_the_epochs_in_which_they_were_measured(
+    validated, validation_freq, initial_epoch, told
+):
+    callback, history, measured = validated(validation_freq, initial_epoch)
+    if told == "by the callback":
+        axes = plot_stages(callback).axes[0]
+    else:
+        axes = plot_stages(history, validation_freq=validation_freq).axes[0]
+    drawn = {line.get_label(): line for line in axes.lines}
+    (line, loss) = drawn["val_loss"], drawn["loss"]
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == measured
+    assert list(loss.get_xdata()) == list(range(initial_epoch + 1, 8))
+    if told == "by the callback":
+        star = drawn["best, restored"]
+        best = min(measured, key=measured.get)
+        assert (list(star.get_xdata()), list(star.get_ydata())) == ([best], [measured[best]])
+        (switch,) = [
+            x for x, _ in (t.get_position() for t in axes.texts) if x == initial_epoch + 3.5
+        ]
+        assert switch == callback.transitions[0].epoch + 0.5
+
+
+@WAITS
+@pytest.mark.parametrize(("validation_freq", "initial_epoch"), [(2, 0), (2, 1)])
+def test_a_history_alone_is_drawn_as_with_the_only_int_that_fits(
+    validated, validation_freq, initial_epoch
+):
+    _, history, measured = validated(validation_freq, initial_epoch)
+    with pytest.warns(UserWarning, match=f"as with `validation_freq={validation_freq}`"):
+        line = plot_stages(history).axes[0].lines[1]
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == measured
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [(1, "`validation_freq` may be 3, 4, 5, or a list"), (3, "no int fits, or a list")],
+)
+def test_a_history_alone_is_not_drawn_where_other_ints_fit_or_none(values, words):
+    logs = {"loss": [5.0, 4.0, 3.0, 2.0, 1.0], "val_loss": [1.0] * values}
+    with pytest.raises(ValueError, match=f"{words}. Pass `validation_freq=` as to `fit`"):
+        plot_stages(logs)
+
+
+@pytest.mark.parametrize("freq", [1, 3, [1], [1, 2, 3]])
+def test_another_validation_freq_than_that_of_the_run(freq):
+    logs = {"loss": [5.0, 4.0, 3.0, 2.0, 1.0], "val_loss": [4.0, 2.0]}
+    with pytest.raises(ValueError, match="`val_loss` has 2 values, but with"):
+        plot_stages(logs, validation_freq=freq)
+
+
+@pytest.mark.parametrize("freq", [0, -1, 1.5, True, "2", [0], [1.5]])
+def test_a_validation_freq_that_is_none(freq):
+    with pytest.raises(ValueError, match="`validation_freq` must be an int of at least 1"):
+        plot_stages({"loss": [1.0, 2.0], "val_loss": [1.0]}, validation_freq=freq)
+
+
+def test_what_is_logged_in_some_epochs_is_drawn_there_or_not_at_all(validated):
+    class Now(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            if epoch in (0, 3):
+                logs["score"] = epoch
+
+    model = models.functional_outer(FrozenBackbone(models.functional(["dense"])))
+    model.compile(keras.optimizers.SGD(0.01), "mse", run_eagerly=True)
+    switch = UnfreezeAtConvergence(1e-3, monitor="loss", max_frozen_epochs=2, verbose=0)
+    history = model.fit(X, Y, epochs=5, callbacks=[Now(), switch], verbose=0)
+    line = plot_stages(switch, metrics="score").axes[0].lines[0]
+    assert list(line.get_xdata()) == [1, 4]
+    with pytest.raises(ValueError, match="`score` has 2 values in 5 epochs, and it is not known"):
+        plot_stages(history, metrics="score")
+
+
+# Which run it is.
+
+
+@WAITS
+def test_the_callback_draws_its_own_run_after_a_later_one(validated):
+    callback, _, measured = validated(2)
+    validated(1)
+    line = plot_stages(callback).axes[0].lines[1]
+    assert dict(zip(line.get_xdata(), line.get_ydata(), strict=True)) == measured
+
+
+def test_a_history_of_several_fits_does_not_know_its_epochs():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("sgd", "mse", run_eagerly=True)
+    history = keras.callbacks.History()
+    for _ in range(2):
+        model.fit(X, Y, epochs=2, callbacks=[history], verbose=0)
+    with pytest.raises(ValueError, match="among the `callbacks` of several fits"):
+        plot_stages(history)
+    assert list(plot_stages(history.history).axes[0].lines[0].get_xdata()) == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import copy
 import warnings
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -21,8 +23,8 @@ from keras_tl.errors import (
     describe_stale_compile,
 )
 from keras_tl.freezing import count_params
-from keras_tl.messages import say
-from keras_tl.selecting import Selection, is_built, select_layers
+from keras_tl.messages import say, some
+from keras_tl.selecting import Choice, check_choice, choose_layers, is_built
 from keras_tl.watch import Change, WeightWatch
 
 _ACTIONS = ("raise", "warn", "restore")
@@ -51,7 +53,12 @@ class FreezeGuard(keras.callbacks.Callback):
 
     Args:
         layers: Which layers of the model are watched in addition, trainable or not, with all their
-            weights; see `FrozenBackbone.unfreeze`. Defaults to `None`.
+            weights: a selection, see `FrozenBackbone.unfreeze`; or a layer, or a list of layers.
+            Defaults to `None`.
+        exclude: Which layers are left out, in the same ways, with all their weights and whatever
+            `layers` says: those that are frozen and moved on purpose, such as a teacher that
+            averages what trains. That the optimizer trains no frozen weight is checked for them
+            too. Defaults to `None`.
         check: `"epoch"`, `"batch"`, or an int n for every n batches. There is a check at each
             epoch's end and when `fit` ends in any case. On JAX, checking batches makes `fit` wait
             for each step. Defaults to `"epoch"`.
@@ -65,7 +72,8 @@ class FreezeGuard(keras.callbacks.Callback):
         restored: Dictionary from weights' paths to how many times they were restored in this `fit`.
 
     Raises:
-        ValueError: For an argument that is out of range, and if `layers` selects nothing.
+        ValueError: For an argument that is out of range, and if `layers` or `exclude` selects
+            nothing.
         FrozenWeightsChangedError: With `action="raise"`. The model is left as it was found.
         StaleCompileError: The same, if the optimizer or train step was made for other weights than
             are trainable.
@@ -92,7 +100,8 @@ class FreezeGuard(keras.callbacks.Callback):
     def __init__(
         self,
         *,
-        layers: Selection | None = None,
+        layers: Choice | None = None,
+        exclude: Choice | None = None,
         check: str | int = "epoch",
         action: str = "raise",
         verbose: int = 1,
@@ -101,24 +110,55 @@ class FreezeGuard(keras.callbacks.Callback):
         self._batches_between = _batches_between(check)
         if action not in _ACTIONS:
             raise ValueError(f"`action` must be one of {_ACTIONS}. Received: action={action!r}.")
+        for argument, chosen in {"layers": layers, "exclude": exclude}.items():
+            if chosen is not None:
+                check_choice(chosen, argument)
         self.layers = layers
+        self.exclude = exclude
         self.action = action
         self.verbose = verbose
         self.restored: collections.Counter[str] = collections.Counter()
+        self._begin_life()
+
+    def _begin_life(self) -> None:
         if self._batches_between:
             # As an attribute and not a method: Keras waits for each batch if the class has one.
-            self.on_train_batch_end = self._on_train_batch_end
+            self.__dict__["on_train_batch_end"] = self._on_train_batch_end
         self._watch = WeightWatch([])
         self._now = self._clean = Moment(None, None, 0)
         self._optimizer: keras.Optimizer | None = None
         self._in_loop = False
         self._restart()
 
+    # A copy, or what is loaded from a pickle, has the arguments and results. It is for another run,
+    # and often another model: with neither can it share values, or functions that are compiled.
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {**self.__dict__, **vars(keras.callbacks.Callback())}
+        for of_a_run in ("on_train_batch_end", "_watch", "_optimizer", "_clean_optimizer"):
+            state.pop(of_a_run, None)
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._begin_life()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FreezeGuard:
+        twin = type(self).__new__(type(self))
+        memo[id(self)] = twin
+        state = self.__getstate__()
+        # A copied layer would be one of no model.
+        chosen = {argument: state.pop(argument) for argument in ("layers", "exclude")}
+        twin.__setstate__({**copy.deepcopy(state, memo), **chosen})
+        return twin
+
     # Hooks, in the order in which `fit` calls them.
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         # Weights are watched from the first epoch's begin on: until then callbacks load some.
         self._restart()
+        self.restored.clear()
+        self._excluded()  # Raises before anything is trained, if it selects nothing.
         self._check_compiled()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
@@ -127,9 +167,10 @@ class FreezeGuard(keras.callbacks.Callback):
         self._check_compiled()
         self._look()
         self._follow()
-        self._clean = self._now
+        self._all_clean()
 
     def _on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        type(self).on_train_batch_end(self, batch, logs)  # That of a subclass, if it has one.
         if batch - self._batch_checked >= self._batches_between:
             self._batch_checked = batch
             self._check_at(self._now.epoch, batch)
@@ -176,10 +217,12 @@ class FreezeGuard(keras.callbacks.Callback):
         """
         self.set_model(model)
         self._restart()
+        self.restored.clear()
         self._optimizer = optimizer
         self._in_loop = True
         try:
             self._follow()
+            self._all_clean()
             yield self
             self.check()
         finally:
@@ -211,18 +254,39 @@ class FreezeGuard(keras.callbacks.Callback):
         self._warned: set[int] = set()
         self._warned_of_compile = False
         self._batch_checked = -1
-        self.restored.clear()
+        self._clean_optimizer: weakref.ref[keras.Optimizer] | None = None
 
     def _stop(self) -> None:
         self._watching = False
         self._watch.end()
 
     def _weights_to_watch(self) -> list[keras.Variable]:
+        left_out = {id(weight) for layer in self._excluded() for weight in layer.weights}
+        return [weight for weight in self._weights_to_keep() if id(weight) not in left_out]
+
+    def _weights_to_keep(self) -> list[keras.Variable]:
+        """What must not change, but for `exclude`."""
         weights = backbones.constant_weights(self.model)
         if self.layers is not None and is_built(self.model):
-            for layer in select_layers(self.model, self.layers, count_batchnorm=True):
+            for layer in choose_layers(self.model, self.layers, "layers"):
                 weights += layer.weights
         return list({id(weight): weight for weight in weights}.values())
+
+    def _excluded(self) -> list[keras.Layer]:
+        if self.exclude is None:
+            return []
+        try:
+            layers = choose_layers(self.model, self.exclude, "exclude")
+            if not any(layer.weights for layer in layers):
+                raise ValueError(
+                    f"`exclude` selects {some([layer.name for layer in layers])} of the model "
+                    f'"{self.model.name}", without a weight. Pass layers that have weights.'
+                )
+        except ValueError:
+            if is_built(self.model):
+                raise
+            return []  # A subclassed model may make its layers, and their weights, when called.
+        return layers
 
     def _follow(self) -> None:
         """Watches what must not change now; what has not been watched yet, from now on."""
@@ -255,7 +319,12 @@ class FreezeGuard(keras.callbacks.Callback):
         self._now = Moment(epoch, batch, self._now.check + 1)
         if self._look() or not self._all_built:
             self._follow()
+        self._all_clean()
+
+    def _all_clean(self) -> None:
         self._clean = self._now
+        optimizer = getattr(self.model, "optimizer", None)
+        self._clean_optimizer = None if optimizer is None else weakref.ref(optimizer)
 
     def _look(self) -> bool:
         """Acts on weights that have changed and must not. Returns whether any has changed."""
@@ -272,7 +341,9 @@ class FreezeGuard(keras.callbacks.Callback):
     def _act(self, model: keras.Model, changes: Sequence[Change]) -> None:
         own_loop = self._now.epoch is None
         optimizer = self._optimizer or getattr(model, "optimizer", None)
-        causes = diagnosis.find_causes(model, changes, optimizer, own_loop=own_loop)
+        causes = diagnosis.find_causes(
+            model, changes, optimizer, own_loop=own_loop, renewed=self._renewed(model)
+        )
         if self.action == "raise":
             raise self._error(changes, causes)
         if self.action == "restore":
@@ -289,6 +360,11 @@ class FreezeGuard(keras.callbacks.Callback):
             warnings.warn(f"{self._error(*zip(*fresh, strict=True))}{did}", stacklevel=2)
         if self.action == "warn":
             self._watch.begin()
+
+    def _renewed(self, model: keras.Model) -> bool:
+        """Whether there were steps since the last clean check, and a new optimizer."""
+        before = None if self._clean_optimizer is None else self._clean_optimizer()
+        return self._now.batch != -1 and before is not getattr(model, "optimizer", None)
 
     # Messages.
 
@@ -319,18 +395,32 @@ class FreezeGuard(keras.callbacks.Callback):
         )
 
     def _summary(self) -> str:
+        return f"FreezeGuard{self._what_happened()}{self._what_is_left_out()}"
+
+    def _what_happened(self) -> str:
         if self.restored:
             times = _times(self.restored.total())
-            return f"FreezeGuard restored {_weights(len(self.restored))}, {times} in all."
+            return f" restored {_weights(len(self.restored))}, {times} in all."
         if self._warned:
-            return f"FreezeGuard: {_weights(len(self._warned))} changed that must not."
-        weights = self._watch.weights
+            return f": {_weights(len(self._warned))} changed that must not."
+        # What another callback has unfrozen since the last epoch began may change by now.
+        now = {id(weight) for weight in self._weights_to_watch()}
+        weights = [weight for weight in self._watch.weights if id(weight) in now]
         if not weights:
-            return "FreezeGuard: nothing is frozen at the end. No weight changed while it was."
+            return ": nothing is frozen at the end. No weight changed while it was."
         return (
-            f"FreezeGuard: all {len(weights)} weights that must not change "
-            f"({count_params(weights):,} parameters) are as they were, bit for bit."
+            f": all {len(weights)} weights that must not change ({count_params(weights):,} "
+            "parameters) are as they were, bit for bit."
         )
+
+    def _what_is_left_out(self) -> str:
+        layers = self._excluded()
+        if not layers:
+            return ""
+        names = some([layer.name for layer in layers])
+        watched = {id(weight) for weight in self._weights_to_watch()}
+        left_out = [weight for weight in self._weights_to_keep() if id(weight) not in watched]
+        return f" Not watched: {names} ({_weights(len(left_out))} that must not change otherwise)."
 
 
 def _batches_between(check: Any) -> int:

@@ -111,6 +111,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         decided: Bool. Whether the next epoch begins with a switch.
         best_epoch: Int or None. The epoch, counted from 0, whose weights the last `fit` ended with
             because they were the best.
+        history: The `History` of the last `fit`, or None before the first.
+        logged_epochs: Dictionary from the names in the logs to the epochs of the last `fit`,
+            counted from 0, in which they were logged. `validation_freq` makes these differ.
 
     Raises:
         ValueError: For an argument that is out of range; when `fit` starts, if the model has no
@@ -210,6 +213,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.delete_checkpoint = delete_checkpoint
         self.verbose = verbose
         self.best_epoch: int | None = None
+        self.history: keras.callbacks.History | None = None
+        self.logged_epochs: dict[str, list[int]] = {}
         self._progress = Progress()
         self._warm_up: WarmUp | None = None
         self._scheduled = stages is not None
@@ -234,6 +239,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
         self._beside = internals.callbacks_beside(self)
+        histories = (one for one in self._beside if isinstance(one, keras.callbacks.History))
+        self.history = next(histories, None)
+        self.logged_epochs = {}
         check_neighbours(
             self._beside,
             self._beside.index(self),
@@ -295,6 +303,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         value = self._monitored.read(logs, last_epoch=last_epoch)
         logs.update(self._staged.learning_rates(self.stage))
         logs["stage"] = self.stage
+        for name in logs:
+            self.logged_epochs.setdefault(name, []).append(epoch)
         self._check_rate(epoch)
         tensorboard.write_parameters(self._beside, epoch, self.model)
         self._progress.stage_epochs += 1

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import keras
 
 from keras_tl.callbacks import UnfreezeAtConvergence
 from keras_tl.visualization.axes import COLORS, GRAY, new_or_given
+from keras_tl.visualization.epochs import LoggedEpochs
 
 _REASONS = {"early_stopping": "EarlyStopping", "max_frozen_epochs": "max. epochs"}
 
@@ -19,6 +20,7 @@ def plot_stages(
     history: keras.callbacks.History | UnfreezeAtConvergence | Mapping[str, Sequence[float]],
     *,
     metrics: Sequence[str] | None = None,
+    validation_freq: int | Collection[int] | None = None,
     ax: Any = None,
 ) -> Any:
     """Draws how a run in stages went: metrics, stages, switches, and learning rates.
@@ -28,18 +30,23 @@ def plot_stages(
     logarithmic axis.
 
     Args:
-        history: The `History` that `fit` or `fine_tune` returned, or its `history` dictionary; or,
-            for the reasons of switches and the epoch that was restored, the
+        history: The `History` that `fit` or `fine_tune` returned, or its `history` dictionary,
+            whose epochs are counted from 1; or, for the reasons of switches, the epoch that was
+            restored, and the epochs of whatever was not measured in each, the
             `UnfreezeAtConvergence` after `fit`.
         metrics: List of strings. The quantities in the logs to draw. Defaults to `None`: the
             monitored one (`"val_loss"` or `"loss"` of a `History`), in training and validation.
+        validation_freq: Int or list of ints, as in `fit`: in which epochs there was validation. A
+            `History` does not know, and `UnfreezeAtConvergence` does. Defaults to `None`: the only
+            int that fits the number of values, with a warning if it is not 1.
         ax: A matplotlib `Axes` to draw on. Defaults to one of a new figure.
 
     Returns:
         The matplotlib `Figure`.
 
     Raises:
-        ValueError: If there is nothing to draw, or a metric is not in the logs.
+        ValueError: If there is nothing to draw, a metric is not in the logs, or it is not known of
+            which epochs its values are.
 
     Example:
 
@@ -53,16 +60,18 @@ def plot_stages(
       are friendly to Colorblind people"
     """
     callback = history if isinstance(history, UnfreezeAtConvergence) else None
-    logs, epochs = _logs_of(history)
+    logs, numbers = _logs_of(history)
+    recorded = {} if callback is None else callback.logged_epochs
+    epochs = LoggedEpochs(logs, numbers, recorded, validation_freq)
     shown = _metrics_to_show(logs, metrics, callback)
     ax = new_or_given(ax)
     _shade_stages(ax, logs, epochs)
     for number, name in enumerate(shown):
-        x = _epochs_of(logs[name], epochs)
+        x = epochs.of(name)
         style = "-" if name.startswith("val_") else "--"
         ax.plot(x, logs[name], style, color=COLORS[number % len(COLORS)], marker=".", label=name)
     if callback is not None:
-        _mark_switches(ax, callback)
+        _mark_switches(ax, callback, epochs)
         _mark_best(ax, callback, logs, epochs)
     ax.set_xlabel("epoch")
     ax.set_ylabel(shown[0].removeprefix("val_") if len(_plain_names(shown)) == 1 else "value")
@@ -76,7 +85,7 @@ def plot_stages(
 def _logs_of(history: Any) -> tuple[Mapping[str, Sequence[float]], list[int]]:
     """Returns the logs and the epochs that they are of, counted from 1."""
     if isinstance(history, UnfreezeAtConvergence):
-        history = getattr(history.model, "history", None) if history.model else None
+        history = history.history
     logs = history.history if isinstance(history, keras.callbacks.History) else history
     if not isinstance(logs, Mapping) or not logs:
         raise ValueError(
@@ -84,8 +93,15 @@ def _logs_of(history: Any) -> tuple[Mapping[str, Sequence[float]], list[int]]:
             f"the `UnfreezeAtConvergence` after `fit`. Received: {history!r}."
         )
     count = max(len(values) for values in logs.values())
-    first = history.epoch[0] if isinstance(history, keras.callbacks.History) else 0
-    return logs, list(range(first + 1, first + 1 + count))
+    if not isinstance(history, keras.callbacks.History):
+        return logs, list(range(1, count + 1))
+    if len(history.epoch) < count:
+        raise ValueError(
+            f"The `History` has values of {count} epochs and knows {len(history.epoch)} of them: "
+            "it was among the `callbacks` of several fits. Pass its `history` dictionary, whose "
+            "epochs are counted from 1, or use a new one for each `fit`."
+        )
+    return logs, [epoch + 1 for epoch in history.epoch]
 
 
 def _metrics_to_show(
@@ -111,14 +127,8 @@ def _plain_names(names: Sequence[str]) -> set[str]:
     return {name.removeprefix("val_") for name in names}
 
 
-def _epochs_of(values: Sequence[float], epochs: Sequence[int]) -> Sequence[int]:
-    """Returns the epochs of values that need not be there for each (`validation_freq`)."""
-    every = len(epochs) // len(values)
-    return epochs[every - 1 :: every][: len(values)]
-
-
-def _shade_stages(ax: Any, logs: Mapping[str, Sequence[float]], epochs: Sequence[int]) -> None:
-    stages = list(zip(logs.get("stage", ()), epochs))
+def _shade_stages(ax: Any, logs: Mapping[str, Sequence[float]], epochs: LoggedEpochs) -> None:
+    stages = list(zip(logs["stage"], epochs.of("stage"))) if "stage" in logs else []
     several = bool(stages) and max(stage for stage, _ in stages) > 1
     for stage, members in itertools.groupby(stages, key=lambda pair: pair[0]):
         of_stage = [epoch for _, epoch in members]
@@ -129,7 +139,7 @@ def _shade_stages(ax: Any, logs: Mapping[str, Sequence[float]], epochs: Sequence
             (begin + end) / 2, 1.01, name, ha="center", va="bottom", transform=_above(ax), size=9
         )
     if stages:
-        ax.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
+        ax.set_xlim(epochs.all[0] - 0.5, epochs.all[-1] + 0.5)
 
 
 def _above(ax: Any) -> Any:
@@ -137,9 +147,11 @@ def _above(ax: Any) -> Any:
     return ax.get_xaxis_transform()
 
 
-def _mark_switches(ax: Any, callback: UnfreezeAtConvergence) -> None:
+def _mark_switches(ax: Any, callback: UnfreezeAtConvergence, epochs: LoggedEpochs) -> None:
     for transition in callback.transitions:
         x = transition.epoch + 0.5
+        if not epochs.all[0] < x < epochs.all[-1]:  # Of a run that was interrupted, and resumed.
+            continue
         reason = _REASONS.get(transition.reason, transition.reason)
         ax.axvline(x, color=GRAY, linewidth=1.5)
         ax.text(
@@ -151,19 +163,19 @@ def _mark_best(
     ax: Any,
     callback: UnfreezeAtConvergence,
     logs: Mapping[str, Sequence[float]],
-    epochs: Sequence[int],
+    epochs: LoggedEpochs,
 ) -> None:
     if callback.best_epoch is None or callback.monitor not in logs:
         return
-    values = logs[callback.monitor]
-    value = dict(zip(_epochs_of(values, epochs), values)).get(callback.best_epoch + 1)
+    measured = dict(zip(epochs.of(callback.monitor), logs[callback.monitor]))
+    value = measured.get(callback.best_epoch + 1)
     if value is not None:
         star = {"marker": "*", "markersize": 14, "color": COLORS[5], "linestyle": "none"}
         ax.plot([callback.best_epoch + 1], [value], label="best, restored", zorder=3, **star)
 
 
 def _draw_learning_rates(
-    ax: Any, logs: Mapping[str, Sequence[float]], epochs: Sequence[int], first_color: int
+    ax: Any, logs: Mapping[str, Sequence[float]], epochs: LoggedEpochs, first_color: int
 ) -> list[Any]:
     """Draws the learning rates on a second axis, and returns them for the legend."""
     groups = [name for name in logs if name.startswith("learning_rate_")]
@@ -181,5 +193,5 @@ def _draw_learning_rates(
         color = COLORS[(number + first_color) % len(COLORS)]
         look = {"color": color, "linestyle": dots, "linewidth": 2}
         label = name.replace("_", " ")
-        lines += second.step(epochs[: len(rates)], rates, where="mid", label=label, **look)
+        lines += second.step(epochs.of(name), rates, where="mid", label=label, **look)
     return lines

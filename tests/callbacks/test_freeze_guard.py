@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 
 import keras
 import numpy as np
@@ -13,6 +14,7 @@ from keras_tl import (
     FrozenWeightsChangedError,
     StaleCompileError,
     UnfreezeAtConvergence,
+    renew_optimizer,
 )
 from tests import models
 from tests.conftest import SEVERAL_STEPS, as_bytes, only_on, regression_data
@@ -179,6 +181,112 @@ def test_a_model_without_frozen_weights_is_no_error(capsys):
     assert "nothing is frozen at the end" in capsys.readouterr().out
 
 
+# What is left out.
+
+
+def with_teacher():
+    """A backbone, and a frozen layer beside it that a callback moves on purpose."""
+    wrapper, teacher = FrozenBackbone(models.functional(["dense"])), models.functional(["dense"])
+    teacher.name = "teacher"
+    teacher.trainable = False
+    inputs = keras.Input((4,))
+    features = keras.layers.concatenate([wrapper(inputs), teacher(inputs)])
+    model = keras.Model(inputs, keras.layers.Dense(1, name="output")(features))
+    model.compile(keras.optimizers.Adam(0.01), "mse", run_eagerly=True)
+    return model, wrapper, teacher
+
+
+class Moves(keras.callbacks.Callback):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def on_epoch_end(self, epoch, logs=None):
+        for weight in self.layer.weights:
+            add_one(weight)
+
+
+EXCLUDE = {
+    "layer": lambda teacher: teacher,
+    "layers": lambda teacher: [teacher, "output"],
+    "name": lambda teacher: "teacher",
+    "names": lambda teacher: ["teacher"],
+    "pattern": lambda teacher: re.compile("teach.*"),
+    "function": lambda teacher: lambda layer: layer is teacher,
+    "layer in it": lambda teacher: teacher.layers[1],
+}
+
+
+@pytest.mark.parametrize("exclude", EXCLUDE.values(), ids=EXCLUDE)
+def test_what_is_left_out_may_move_and_the_rest_may_not(exclude, capsys):
+    model, wrapper, teacher = with_teacher()
+    guard = FreezeGuard(exclude=exclude(teacher))
+    fit(model, Moves(teacher), guard)
+    out = capsys.readouterr().out
+    assert "all 2 weights that must not change (20 parameters)" in out
+    assert "Not watched: " in out and "(2 weights that must not change otherwise)." in out
+    error = caught(model, Moves(teacher), Moves(wrapper), guard)
+    assert error.paths == [weight.path for weight in wrapper.weights]
+
+
+def test_without_leaving_it_out_the_error_says_how_to():
+    model, _, teacher = with_teacher()
+    error = caught(model, Moves(teacher), FreezeGuard())
+    assert "`FreezeGuard(exclude=...)`" in str(error)
+
+
+def test_what_is_left_out_goes_before_what_is_watched_in_addition():
+    model, _, _ = with_teacher()
+    fit(model, FreezeGuard(layers="output", exclude="output", verbose=0))
+
+
+def test_leaving_out_all_says_so(capsys):
+    model, wrapper, _ = with_teacher()
+    fit(model, Moves(wrapper), FreezeGuard(exclude="all"))
+    assert "(4 weights that must not change otherwise)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("argument", ["layers", "exclude"])
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (lambda: "teachr", 'Did you mean "teacher"'),
+        (lambda: ["output", "teachr"], 'Did you mean "teacher"'),
+        (lambda: lambda layer: False, "selects no layer"),
+        (lambda: keras.layers.Dense(1, name="teacher"), "which is not one of the model"),
+        (lambda: [keras.layers.Dense(1, name="teacher")], r"or its name, as in .*='teacher'"),
+    ],
+    ids=["name", "names", "function", "layer", "layers"],
+)
+def test_a_choice_of_no_layer_of_the_model_is_an_error_before_a_step(argument, chosen, message):
+    model, _, _ = with_teacher()
+    before = as_bytes(model.weights)
+    with pytest.raises(ValueError, match=message) as error:
+        fit(model, FreezeGuard(**{argument: chosen()}))
+    assert str(error.value).startswith(f"`{argument}")
+    assert as_bytes(model.weights) == before
+
+
+def test_leaving_out_layers_without_weights_is_an_error():
+    model, _, _ = with_teacher()
+    with pytest.raises(ValueError, match="`exclude` selects concat.*, without a weight"):
+        fit(model, FreezeGuard(exclude="concatenate.*"))
+
+
+@pytest.mark.parametrize("argument", ["layers", "exclude"])
+@pytest.mark.parametrize("chosen", [1.5, True, [1], {"teacher"}])
+def test_what_can_choose_no_layer_is_refused_at_once(argument, chosen):
+    with pytest.raises(ValueError, match=f"`{argument}=.*` is not a selection of layers"):
+        FreezeGuard(**{argument: chosen})
+
+
+def test_a_layer_of_a_subclassed_model_that_is_not_built_yet_is_left_out():
+    model = models.SubclassedOuter(FrozenBackbone(models.functional(["dense", "batchnorm"])))
+    model.compile("adam", "mse")
+    layer = model.backbone
+    fit(model, Moves(layer), FreezeGuard(exclude="frozen_backbone.*", verbose=0), epochs=2)
+
+
 # When it looks.
 
 
@@ -235,6 +343,24 @@ def test_batches_are_only_hooked_when_asked_for():
     assert has_batch_hook(FreezeGuard(check=5))
 
 
+@pytest.mark.parametrize("calls_super", [True, False])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_batch_end"])
+def test_a_subclass_keeps_its_own_hook(hook, calls_super):
+    seen = []
+
+    def own(self, batch, logs=None):
+        seen.append(batch)
+        if calls_super:
+            getattr(super(Subclass, self), hook)(batch, logs)
+
+    Subclass = type("Subclass", (FreezeGuard,), {hook: own})
+    model, wrapper = build(["dense"])
+    overwrite = At("on_train_batch_end", 3, lambda _: add_one(wrapper.weights[0]))
+    error = caught(model, overwrite, Subclass(check="batch"), epochs=1)
+    assert seen == [0, 1, 2]
+    assert str(error.changes[0].detected) == "epoch 1, batch 3"
+
+
 # Switches.
 
 
@@ -269,6 +395,83 @@ def test_unfreezing_and_compiling_between_fits_is_followed():
     model.compile("adam", "mse")
     fit(model, guard)
     assert as_bytes(wrapper.backbone.weights) != before
+
+
+# Somebody else unfreezes in mid-run.
+
+
+def renewed_after(change):
+    """A function that makes a change and has a running `fit` train what is trainable then."""
+
+    def change_and_renew(model):
+        change()
+        model.optimizer = renew_optimizer(model.optimizer, variables=model.trainable_variables)
+        model.make_train_function(force=True)
+
+    return change_and_renew
+
+
+def unfreezes(wrapper, layers="all"):
+    return renewed_after(lambda: wrapper.unfreeze(layers))
+
+
+@pytest.mark.parametrize("hook", ["on_epoch_begin", "on_epoch_end"])
+@pytest.mark.parametrize("guard_is_first", [True, False])
+def test_what_somebody_else_unfreezes_is_not_said_to_be_unchanged(hook, guard_is_first, capsys):
+    model, wrapper = build()
+    kernel = wrapper.backbone.layers[3].kernel
+    before = np.array(kernel)
+    guard, unfreeze = FreezeGuard(), At(hook, 2, unfreezes(wrapper, 1))
+    fit(model, *([guard, unfreeze] if guard_is_first else [unfreeze, guard]), epochs=3)
+    assert not np.array_equal(np.array(kernel), before)
+    assert "all 6 weights that must not change (36 parameters)" in capsys.readouterr().out
+
+
+def test_what_is_unfrozen_when_training_has_ended_is_not_counted(capsys):
+    model, wrapper = build(["dense"])
+    fit(model, FreezeGuard(), At("on_epoch_end", 1, lambda _: wrapper.unfreeze()), epochs=1)
+    assert "nothing is frozen at the end" in capsys.readouterr().out
+
+
+def test_what_stays_frozen_is_named_with_its_moments_after_somebody_else_unfroze():
+    model, wrapper = build()
+    mean = models.statistics(wrapper)[0]
+    unfreeze = At("on_epoch_begin", 2, unfreezes(wrapper))
+    overwrite = At("on_train_batch_end", 6, lambda _: add_one(mean))
+    error = caught(model, unfreeze, overwrite, FreezeGuard(check="batch"))
+    (change,) = error.changes
+    assert (change.path, change.cause) == (mean.path, "overwritten")
+    assert (str(change.last_clean), str(change.detected)) == (
+        "epoch 2, batch 1",
+        "epoch 2, batch 2",
+    )
+
+
+@pytest.mark.parametrize("check", ["epoch", "batch"])
+def test_unfreezing_for_a_part_of_an_epoch(check):
+    model, wrapper = build(["dense"])
+
+    guard = FreezeGuard(check=check, verbose=0)
+    callbacks = [
+        At("on_epoch_end", 2, renewed_after(wrapper.freeze)),
+        guard,
+        At("on_epoch_begin", 2, unfreezes(wrapper)),
+    ]
+    if check == "batch":  # At each batch it is seen to train by right.
+        fit(model, *callbacks)
+        return
+    error = caught(model, *callbacks)
+    assert error.paths == [weight.path for weight in wrapper.weights]
+    assert {change.cause for change in error.changes} == {"trained in between, or overwritten"}
+    assert "The model was compiled between the two moments" in str(error)
+
+
+def test_unfreezing_without_compiling_in_mid_run_is_a_stale_compile():
+    model, wrapper = build(["dense"])
+    with pytest.raises(StaleCompileError, match="unknown to the optimizer") as caught:
+        fit(model, At("on_epoch_begin", 2, lambda _: wrapper.unfreeze()), FreezeGuard())
+    assert list(caught.value.not_training) == [weight.path for weight in wrapper.weights]
+    assert caught.value.changes == ()
 
 
 # Stale compile.
@@ -766,6 +969,71 @@ def test_a_new_guard_can_be_copied_and_pickled():
         overwrite = At("on_train_batch_end", 2, lambda _, w=wrapper: add_one(w.weights[0]))
         with pytest.warns(UserWarning, match="must not change"):
             fit(model, overwrite, twin)
+
+
+COPIES = {
+    "copy": copy.copy,
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda one: pickle.loads(pickle.dumps(one)),
+}
+
+
+@pytest.mark.parametrize("twin_of", COPIES.values(), ids=COPIES)
+def test_a_used_guard_can_be_copied_and_pickled(twin_of):
+    model, wrapper = build(["dense"])
+    overwrite = At("on_train_batch_end", 2, lambda _: add_one(wrapper.weights[0]))
+    guard = FreezeGuard(check="batch", action="restore", exclude="output", verbose=0)
+    with pytest.warns(UserWarning, match="must not change"):
+        fit(model, overwrite, guard, epochs=1)
+
+    twin = twin_of(guard)
+
+    assert (twin.action, twin.exclude, twin.model) == ("restore", "output", None)
+    assert twin.restored == guard.restored == {wrapper.weights[0].path: 1}
+    with pytest.raises(RuntimeError, match="with guard.watching"):
+        twin.check()
+    other, other_wrapper = build(["dense"])
+    before = as_bytes(other_wrapper.weights)
+    with pytest.warns(UserWarning, match="must not change"):
+        fit(
+            other,
+            At("on_train_batch_end", 2, lambda _: add_one(other_wrapper.weights[0])),
+            twin,
+            epochs=1,
+        )
+    assert as_bytes(other_wrapper.weights) == before
+    assert twin.restored == {other_wrapper.weights[0].path: 1}
+
+
+def test_a_guard_can_be_copied_while_it_watches():
+    model, wrapper = build(["dense"])
+    guard = FreezeGuard(check="batch", verbose=0)
+    with pytest.raises(FrozenWeightsChangedError), guard.watching(model):
+        twin = copy.deepcopy(guard)
+        with pytest.raises(RuntimeError, match="with guard.watching"):
+            twin.check()
+        add_one(wrapper.weights[0])
+        guard.check()
+
+
+@pytest.mark.parametrize("twin_of", [copy.copy, copy.deepcopy], ids=["copy", "deepcopy"])
+def test_a_copy_leaves_out_the_same_layer(twin_of):
+    model, _, teacher = with_teacher()
+    guard = FreezeGuard(exclude=[teacher], verbose=0)
+    twin = twin_of([guard])[0]
+    fit(model, Moves(teacher), twin, epochs=2)
+
+
+def test_its_errors_can_be_pickled():
+    model, wrapper = build(["dense"])
+    error = caught(
+        model, At("on_epoch_end", 1, lambda _: add_one(wrapper.weights[0])), FreezeGuard()
+    )
+    twin = pickle.loads(pickle.dumps(error))
+    assert (str(twin), twin.paths) == (str(error), error.paths)
+    stale = StaleCompileError("stale", still_training=["a"], not_training=["b"])
+    twin = pickle.loads(pickle.dumps(stale))
+    assert (str(twin), twin.still_training, twin.not_training) == ("stale", ("a",), ("b",))
 
 
 def test_a_layer_that_writes_its_weights_in_training_mode_is_told_what_to_do():
