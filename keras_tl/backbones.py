@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 import keras
 
 from keras_tl import freezing, internals
+from keras_tl.hand_frozen import HandFrozen, hand_frozen_weights
 from keras_tl.layers import FrozenBackbone
 from keras_tl.selecting import (
     Backbone,
@@ -41,7 +42,8 @@ class Backbones:
             )
         self.wrapped = [layer for layer in given if isinstance(layer, FrozenBackbone)]
         self.plain = [layer for layer in given if not isinstance(layer, FrozenBackbone)]
-        self._hand_frozen = freezing.hand_frozen_weights(self.plain)
+        # Of whole layers that are frozen nothing is told: what else would there be to unfreeze?
+        self._hand_frozen = HandFrozen(weights=hand_frozen_weights(self.plain))
 
     @property
     def names(self) -> str:
@@ -91,7 +93,7 @@ class Backbones:
                 unwrapped(target),
                 layers,
                 train_batchnorm=train_batchnorm,
-                keep_frozen=self._kept(target),
+                hand_frozen=self._hand_frozen_in(target),
             )
         ]
 
@@ -104,9 +106,9 @@ class Backbones:
             return now == {id(weight) for weight in self.trainable_weights}
 
     def untouched(self) -> bool:
-        """Whether there are plain backbones in which nothing has been frozen yet."""
-        flags = freezing.get_trainable_flags(self.plain)
-        return bool(self.plain) and all(flags.weights) and all(p.trainable for p in self.plain)
+        """Whether there are plain backbones, and all of them trains but what LoRA has frozen."""
+        trains = bool(self.plain) and all(layer.trainable for layer in self.plain)
+        return trains and freezing.is_thawed(self.plain)
 
     def freeze(self) -> None:
         """Freezes all of every backbone."""
@@ -121,7 +123,7 @@ class Backbones:
             if isinstance(target, FrozenBackbone):
                 target.unfreeze(layers, train_batchnorm=train_batchnorm)
             else:
-                freezing.unfreeze(target, layers, keep_frozen=self._hand_frozen)
+                freezing.unfreeze(target, layers, hand_frozen=self._hand_frozen)
 
     def names_of(self, weights: Iterable[keras.Variable]) -> tuple[str, ...]:
         """Returns the names of the layers that have any of these weights, input to output."""
@@ -137,8 +139,8 @@ class Backbones:
         plain = [self.plain[0] if len(self.plain) == 1 else self.plain] if self.plain else []
         return [*self.wrapped, *plain]
 
-    def _kept(self, target: Backbone) -> list[keras.Variable]:
-        """The weights that were frozen one by one, and stay so."""
+    def _hand_frozen_in(self, target: Backbone) -> HandFrozen:
+        """What was frozen by hand, and stays so."""
         return target.hand_frozen if isinstance(target, FrozenBackbone) else self._hand_frozen
 
     def _selecting(self, layers: Selection, train_batchnorm: bool) -> list[Backbone]:
@@ -147,11 +149,17 @@ class Backbones:
         errors = []
         for target in self._targets():
             try:
-                freezing.would_unfreeze(unwrapped(target), layers, train_batchnorm=train_batchnorm)
+                freezing.would_unfreeze(
+                    unwrapped(target),
+                    layers,
+                    train_batchnorm=train_batchnorm,
+                    hand_frozen=self._hand_frozen_in(target),
+                )
                 selecting.append(target)
             except ValueError as error:
                 errors.append(error)
-        if not selecting:
+        # A name may be in one backbone only. A number of layers is meant for each.
+        if errors and (not selecting or isinstance(layers, int)):
             raise errors[0]
         return selecting
 

@@ -9,11 +9,14 @@ import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import keras
 
 from keras_tl import internals
+from keras_tl.hand_frozen import NOTHING, HandFrozen, frozen_around_lora, held_layers
+from keras_tl.paths import layer_paths, weight_paths
 from keras_tl.selecting import (
     ALLOWED,
     Backbone,
@@ -50,18 +53,21 @@ def unfreeze(
     layers: Selection = "all",
     *,
     train_batchnorm: bool = False,
-    keep_frozen: Iterable[keras.Variable] = (),
+    hand_frozen: HandFrozen = NOTHING,
 ) -> list[keras.Layer]:
     """Makes the selected layers of the backbone trainable, and nothing else.
 
     Weights that were never trainable stay so (moving statistics, quantized kernels), and so do
-    kernels that LoRA has frozen.
+    kernels that LoRA has frozen. What was frozen by hand stays frozen too; a whole layer only where
+    the selection does not name it.
 
     Args:
         backbone: A layer, a model, or a list of layers.
-        layers: Which layers; see `selecting.select_layers`.
+        layers: Which layers; see `selecting.select_layers`. A name, a list of names, a regular
+            expression and a function name the layers that they select. An int and `"all"` name
+            none, and nor does an expression or a function that selects all that `"all"` does.
         train_batchnorm: Bool. Whether selected BatchNormalization layers become trainable too.
-        keep_frozen: Weights that stay frozen in layers that are selected.
+        hand_frozen: What was frozen by hand.
 
     Returns:
         The list of layers that became trainable, from input to output. Models in the backbone are
@@ -78,8 +84,8 @@ def unfreeze(
     >>> [layer.name for layer in unfreeze(backbone, "b")]
     ['b']
     """
-    members = _members(backbone, layers, train_batchnorm)
-    weights = _trainable_in(backbone, layers, members, keep_frozen)
+    members = _members(backbone, layers, train_batchnorm, hand_frozen)
+    weights = _trainable_in(backbone, layers, members, hand_frozen)
     newly = {id(weight) for weight in weights if not weight.trainable}
     for layer in members:
         internals.set_layer_flag(layer, True)
@@ -100,23 +106,23 @@ def would_unfreeze(
     layers: Selection = "all",
     *,
     train_batchnorm: bool = False,
-    keep_frozen: Iterable[keras.Variable] = (),
+    hand_frozen: HandFrozen = NOTHING,
 ) -> list[keras.Variable]:
     """Returns the frozen weights that `unfreeze` with these arguments would make trainable."""
-    members = _members(backbone, layers, train_batchnorm)
-    weights = _trainable_in(backbone, layers, members, keep_frozen)
+    members = _members(backbone, layers, train_batchnorm, hand_frozen)
+    weights = _trainable_in(backbone, layers, members, hand_frozen)
     return [weight for weight in weights if not weight.trainable]
 
 
-def hand_frozen_weights(backbone: Backbone) -> list[keras.Variable]:
-    """Returns the weights that were frozen one by one, in layers that are trainable."""
-    return [
-        weight
+def is_thawed(backbone: Backbone) -> bool:
+    """Whether all weights train but those that LoRA keeps frozen, or froze around it."""
+    around_lora = {id(layer) for layer in frozen_around_lora(backbone)}
+    return all(
+        weight.trainable
         for layer in flatten_layers(backbone)
-        if layer.trainable
-        for weight in internals.own_trainable_weights(layer)
-        if not weight.trainable
-    ]
+        if id(layer) not in around_lora
+        for weight in _weights_lora_leaves(layer)
+    )
 
 
 def cannot_train(backbone: Backbone) -> list[keras.Variable]:
@@ -201,43 +207,69 @@ def count_params(weights: Iterable[keras.Variable]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class TrainableFlags:
-    """The `trainable` flag of every layer and of every weight in a backbone, in their order.
+    """The `trainable` flag of every layer and of every weight in a backbone, by their paths."""
 
-    By position and not by name: a subclassed model made again from its configuration has others.
-    """
-
-    layers: list[bool]
-    weights: list[bool]
+    layers: dict[str, bool]
+    weights: dict[str, bool]
 
 
 def get_trainable_flags(backbone: Backbone) -> TrainableFlags:
     """Returns the flags of every layer and weight in the backbone, for `set_trainable_flags`."""
-    layers = flatten_layers(backbone)
     return TrainableFlags(
-        layers=[layer.trainable for layer in layers],
-        weights=[weight.trainable for weight in _weights_of(layers)],
+        layers={path: layer.trainable for path, layer in layer_paths(backbone).items()},
+        weights={path: weight.trainable for path, weight in weight_paths(backbone).items()},
     )
 
 
-def set_trainable_flags(backbone: Backbone, flags: TrainableFlags) -> None:
-    """Gives every layer and weight in the backbone the flag it had in `get_trainable_flags`.
+def set_trainable_flags(backbone: Backbone, flags: TrainableFlags) -> list[str]:
+    """Gives layers and weights in the backbone the flags they had in `get_trainable_flags`.
 
-    Raises:
-        ValueError: If the flags are of a backbone with another structure. Nothing is changed then.
+    Layers and weights that are in one of the two only, such as those that LoRA adds, keep theirs.
+
+    Returns:
+        The paths of the layers and weights that were trainable and are not in this backbone.
     """
-    layers = flatten_layers(backbone)
-    weights = _weights_of(layers)
-    if (len(layers), len(weights)) != (len(flags.layers), len(flags.weights)):
-        raise ValueError(
-            f"The trainable flags are of a backbone with {len(flags.layers)} layers and "
-            f"{len(flags.weights)} weights to train; {describe(backbone)} has {len(layers)} and "
-            f"{len(weights)}. Make the backbone with the code and the configuration that the flags "
-            "were saved with."
-        )
-    for layer, flag in zip(layers, flags.layers):
-        internals.set_layer_flag(layer, flag)
-    for weight, flag in zip(weights, flags.weights):
-        internals.set_weight_flag(weight, flag)
+    layers, weights = layer_paths(backbone), weight_paths(backbone)
+    for path, layer in layers.items():
+        internals.set_layer_flag(layer, flags.layers.get(path, layer.trainable))
+    for path, weight in weights.items():
+        internals.set_weight_flag(weight, flags.weights.get(path, weight.trainable))
+    lost = [path for path, flag in flags.layers.items() if flag and path not in layers]
+    return lost + [path for path, flag in flags.weights.items() if flag and path not in weights]
+
+
+def restore_trainable_flags(backbone: Backbone, config: Mapping[str, Any]) -> list[str]:
+    """Gives a backbone made from a configuration the flags that were saved with it.
+
+    Weights that it did not have then follow their layer. Nothing here fails: a backbone may have
+    been saved with weights that its configuration knows nothing of, such as those of LoRA.
+
+    Args:
+        backbone: A built backbone, all frozen.
+        config: The two dictionaries of `TrainableFlags`, or the two lists that version 0.1 wrote,
+            whose flags are in the order of layers and weights.
+
+    Returns:
+        The paths of what trained when it was saved and is not in this backbone.
+    """
+    layers, weights = layer_paths(backbone), weight_paths(backbone)
+    flags = TrainableFlags(
+        layers=_by_path(layers, config["layers"]), weights=_by_path(weights, config["weights"])
+    )
+    for path, layer in layers.items():
+        if flags.layers.get(path):
+            for weight in _weights_lora_leaves(layer):
+                internals.set_weight_flag(weight, True)
+    return set_trainable_flags(backbone, flags)
+
+
+def _by_path(paths: Iterable[str], flags: Mapping[str, bool] | Sequence[bool]) -> dict[str, bool]:
+    if isinstance(flags, Mapping):
+        return dict(flags)
+    paths = list(paths)
+    if len(paths) != len(flags):
+        return {"told by position only": any(flags)}
+    return dict(zip(paths, flags, strict=True))
 
 
 @contextlib.contextmanager
@@ -250,25 +282,68 @@ def trainable_flags_kept(backbone: Backbone) -> Iterator[None]:
         set_trainable_flags(backbone, flags)
 
 
-def _weights_of(layers: Iterable[keras.Layer]) -> list[keras.Variable]:
-    return [weight for layer in layers for weight in internals.own_trainable_weights(layer)]
-
-
-def _members(backbone: Backbone, layers: Selection, train_batchnorm: bool) -> list[keras.Layer]:
+def _members(
+    backbone: Backbone, layers: Selection, train_batchnorm: bool, hand_frozen: HandFrozen
+) -> list[keras.Layer]:
     """The layers that a selection makes trainable, at every depth."""
-    selected = select_layers(backbone, layers, count_batchnorm=train_batchnorm)
-    return [
-        layer for layer in flatten_layers(selected) if train_batchnorm or not is_batchnorm(layer)
-    ]
+
+    def members_of(some: Backbone) -> list[keras.Layer]:
+        return [one for one in flatten_layers(some) if train_batchnorm or not is_batchnorm(one)]
+
+    held = held_layers(backbone, hand_frozen)
+    selected = select_layers(backbone, layers, count_batchnorm=train_batchnorm, not_counted=held)
+    members = members_of(selected)
+    if not held:
+        return members
+    stay = {id(layer) for layer in held}
+    if not _is_catch_all(layers, members, members_of(backbone)):
+        named = selected if _is_names(layers) else _outermost(selected)
+        stay -= {
+            id(layer) for one in named if _all_held(one, stay) for layer in flatten_layers(one)
+        }
+    return [layer for layer in members if id(layer) not in stay]
+
+
+def _is_names(layers: Selection) -> bool:
+    return isinstance(layers, Sequence) and not isinstance(layers, str)
+
+
+def _is_catch_all(
+    layers: Selection, members: list[keras.Layer], everything: list[keras.Layer]
+) -> bool:
+    """Whether a selection says as much as "all", or as little: it names no layer."""
+    if layers == "all" or isinstance(layers, int):
+        return True
+    selected = {id(layer) for layer in members}
+    return not _is_names(layers) and all(
+        id(layer) in selected for layer in everything if internals.own_trainable_weights(layer)
+    )
+
+
+def _outermost(selected: list[keras.Layer]) -> list[keras.Layer]:
+    """The selected layers less those that another one brings, which an expression matches too."""
+    brought = {
+        id(inner) for layer in selected for inner in flatten_layers(layer) if inner is not layer
+    }
+    return [layer for layer in selected if id(layer) not in brought]
+
+
+def _all_held(layer: keras.Layer, held: set[int]) -> bool:
+    """Whether all of a layer that could train was frozen by hand: then that was one decision."""
+    return all(
+        id(one) in held
+        for one in flatten_layers(layer)
+        if internals.own_trainable_weights(one) and not is_batchnorm(one)
+    )
 
 
 def _trainable_in(
     backbone: Backbone,
     layers: Selection,
     members: list[keras.Layer],
-    keep_frozen: Iterable[keras.Variable],
+    hand_frozen: HandFrozen,
 ) -> list[keras.Variable]:
-    kept = {id(weight) for weight in keep_frozen}
+    kept = {id(weight) for weight in hand_frozen.weights}
     weights = [
         weight
         for layer in members
@@ -279,7 +354,8 @@ def _trainable_in(
         raise ValueError(
             f"`layers={layers!r}` selects layers of the backbone {describe(backbone)} that have no "
             "weights to train. BatchNormalization layers stay frozen unless `train_batchnorm=True` "
-            f"in a FrozenBackbone; layers that are not built have no weights yet. {ALLOWED}"
+            "in a FrozenBackbone; weights that were frozen by hand stay frozen, and whole layers "
+            f"unless they are named; layers that are not built have no weights yet. {ALLOWED}"
         )
     return weights
 

@@ -84,6 +84,14 @@ def layer_units(backbone: Backbone) -> list[keras.Layer]:
 
 def check_selection(layers: Selection, argument: str = "layers") -> None:
     """Raises a ValueError unless `layers` is of a kind that can select layers."""
+    # A layer can be called too, but it is no function from a layer to a bool.
+    given = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    if given and all(isinstance(one, keras.Layer) for one in given):
+        names = [layer.name for layer in given]
+        raise ValueError(
+            f"`{argument}` goes by names, and not by the layers themselves. Received the layers "
+            f"{names}: pass `{argument}={names}`; nested layers are named `outer/inner`. {ALLOWED}"
+        )
     kinds = (str, int, re.Pattern)
     names = isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)
     if isinstance(layers, bool) or not (isinstance(layers, kinds) or names or callable(layers)):
@@ -95,6 +103,7 @@ def select_layers(
     layers: Selection = "all",
     *,
     count_batchnorm: bool = False,
+    not_counted: Iterable[keras.Layer] = (),
     argument: str = "layers",
 ) -> list[keras.Layer]:
     """Returns the layers of the backbone that a selection names.
@@ -106,14 +115,15 @@ def select_layers(
             named `outer/inner`); a list of such names; or a function from a layer to a bool.
             A selected layer brings the layers in it.
         count_batchnorm: Bool. Whether an int n counts BatchNormalization layers.
+        not_counted: Layers that an int n passes over, at every depth.
         argument: String. What the caller calls `layers`, for messages.
 
     Returns:
         The selected layers, without those that they bring, from input to output.
 
     Raises:
-        ValueError: If `layers` is none of these or selects nothing. The message lists the closest
-            names.
+        ValueError: If `layers` is none of these, selects nothing, or is an int above the number of
+            layers. The message lists the closest names.
 
     Example:
 
@@ -126,7 +136,7 @@ def select_layers(
     if isinstance(layers, str) and layers == "all":
         selected = _roots(backbone)
     elif isinstance(layers, int):
-        selected = _nearest_output(backbone, layers, count_batchnorm, argument)
+        selected = _nearest_output(backbone, layers, count_batchnorm, not_counted, argument)
     elif isinstance(layers, (str, re.Pattern)):
         selected = _matching(backbone, layers, argument)
     elif isinstance(layers, Sequence):
@@ -230,21 +240,33 @@ def _unique(layers: Iterable[keras.Layer]) -> list[keras.Layer]:
 
 
 def _nearest_output(
-    backbone: Backbone, n: int, count_batchnorm: bool, argument: str
+    backbone: Backbone,
+    n: int,
+    count_batchnorm: bool,
+    not_counted: Iterable[keras.Layer],
+    argument: str,
 ) -> list[keras.Layer]:
     if n < 1:
         raise ValueError(
             f"`{argument}={n}` must be at least 1, the layer nearest the output. {ALLOWED}"
         )
 
-    def has_weights(unit: keras.Layer) -> bool:
+    passed_over = {id(layer) for layer in not_counted}
+
+    def counts(unit: keras.Layer) -> bool:
         return any(
             internals.own_trainable_weights(layer)
             for layer in flatten_layers(unit)
-            if count_batchnorm or not is_batchnorm(layer)
+            if id(layer) not in passed_over and (count_batchnorm or not is_batchnorm(layer))
         )
 
-    return [unit for unit in layer_units(backbone) if has_weights(unit)][-n:]
+    counted = [unit for unit in layer_units(backbone) if counts(unit)]
+    if counted and n > len(counted):
+        raise ValueError(
+            f"`{argument}={n}`: the backbone {describe(backbone)} has {len(counted)} layers with "
+            f'weights to train. Pass an int from 1 to {len(counted)}, or "all". {ALLOWED}'
+        )
+    return counted[-n:]
 
 
 def _matching(backbone: Backbone, pattern: str | re.Pattern, argument: str) -> list[keras.Layer]:

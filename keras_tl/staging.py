@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping, Sequence
 
 import keras
@@ -14,6 +16,11 @@ from keras_tl.optimizers import GroupOptimizer
 from keras_tl.selecting import Backbone, is_built
 from keras_tl.stages import DEFAULT_RATE, Stage
 from keras_tl.warm_up import check_can_be_set, learning_rate_of
+
+GO_ON = (
+    "To go on fine-tuning, freeze its BatchNormalization layers, compile with the low learning "
+    "rate and call `fit` without this callback."
+)
 
 
 class StagedModel:
@@ -86,13 +93,40 @@ class StagedModel:
 
     def freeze_untouched(self) -> bool:
         """Freezes a plain backbone that nobody has frozen yet. Returns whether there was one."""
-        if not self.backbones.untouched():
+        if not self.backbones.untouched() or self._fine_tuned():
             return False
+        if self._compiled_for_fine_tuning():
+            warnings.warn(
+                f"UnfreezeAtConvergence freezes {self.names}, all of which is trainable, although "
+                "the model is compiled with the learning rate of a fine-tuning stage. If it was "
+                "saved in that stage and loaded, its file did not tell what was trainable, as that "
+                f"of a class of one's own may not. {GO_ON}",
+                stacklevel=3,
+            )
         with switching.all_or_nothing(self._model):
             self.backbones.freeze()
             if is_built(self._model):
                 switching.renew_training(self._model)
         return True
+
+    def _fine_tuned(self) -> bool:
+        """Whether the optimizer has trained the backbones, which are as a stage leaves them.
+
+        Of a plain backbone without BatchNormalization nothing is frozen then, as at the start.
+        """
+        trained = internals.optimizer_weights(self._model.optimizer) or []
+        if freezing.without(self.backbones.trainable_weights, trained):
+            return False
+        steps = int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))
+        return steps > 0 and any(
+            self.backbones.trains_only(stage.layers, stage.train_batchnorm)
+            for stage in self._stages
+        )
+
+    def _compiled_for_fine_tuning(self) -> bool:
+        rate = learning_rate_of(self._model.optimizer)
+        given = [one.learning_rate for one in self._stages if isinstance(one.learning_rate, float)]
+        return any(math.isclose(rate, one, rel_tol=1e-6) for one in given)
 
     def stage(self) -> int:
         """Returns the stage that the model is in: the first of which just the layers train."""

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_tl import freezing, selecting
+from keras_tl import freezing, paths, selecting
 from tests import models, strategies
 from tests.conftest import examples
 
@@ -144,12 +144,42 @@ def test_flags_are_put_back_exactly(kinds, data):
     assert trainable(backbone) == trained
 
 
-def test_flags_of_another_structure_are_refused(backbone):
-    other = flags(models.functional(["dense"]))
+def test_flags_find_their_layers_and_weights_where_others_were_added(backbone):
+    backbone.get_layer("a").bias.trainable = False
     before = flags(backbone)
-    with pytest.raises(ValueError, match='"base" has 5 and 6'):
-        freezing.set_trainable_flags(backbone, other)
-    assert flags(backbone) == before
+    backbone.get_layer("a").enable_lora(2)
+    backbone.get_layer("b").trainable = False
+
+    assert freezing.set_trainable_flags(backbone, before) == []
+
+    assert trainable(backbone) == [
+        *("base/a/kernel", "base/a/lora_kernel_a", "base/a/lora_kernel_b"),
+        *("base/norm/gamma", "base/norm/beta", "base/b/kernel", "base/b/bias"),
+    ]
+
+
+def test_flags_that_find_nothing_are_returned(backbone):
+    backbone.get_layer("a").enable_lora(2)
+    freezing.freeze(backbone)
+    freezing.unfreeze(backbone, "a")
+    other = keras.Sequential([keras.Input((4,)), keras.layers.Dense(4, name="a")])
+    freezing.freeze(other)
+
+    lost = freezing.set_trainable_flags(other, flags(backbone))
+
+    assert lost == ["a/lora_kernel_a", "a/lora_kernel_b"]
+    assert [weight.name for weight in other.trainable_weights] == ["bias"]
+
+
+def test_paths_of_a_model_made_again_are_the_same():
+    first, second = models.Subclassed(["shared", "conv"]), models.Subclassed(["shared", "conv"])
+    for one in (first, second):
+        one(keras.ops.ones((1, 4)))
+    assert [w.path for w in first.weights] != [w.path for w in second.weights]
+    assert list(paths.weight_paths(first)) == list(paths.weight_paths(second))
+    assert set(map(id, paths.layer_paths(first).values())) == set(
+        map(id, selecting.flatten_layers(first))
+    )
 
 
 def test_changeable_weights_are_the_trainable_ones_and_live_statistics(backbone):

@@ -47,7 +47,7 @@ def test_names_are_paths_from_input_to_output(backbone):
         (1, ["c"]),
         (2, ["lstm", "c"]),
         (3, ["b", "lstm", "c"]),
-        (99, ["a", "b", "lstm", "c"]),
+        (4, ["a", "b", "lstm", "c"]),
         ("inner/.*", ["b", "norm", "flat"]),
         ("inner", ["inner"]),
         (re.compile("[ac]"), ["a", "c"]),
@@ -96,9 +96,24 @@ def test_shared_layer_is_selected_once():
         (2.0, "is not a selection"),
         (None, "is not a selection"),
         (["a", 3], "is not a selection"),
+        (99, '`layers=99`: the backbone "base" has 4 layers with weights to train. Pass an int'),
     ],
 )
 def test_refuses_and_says_what_is_allowed(backbone, selection, words):
     with pytest.raises(ValueError, match=re.escape(words)) as raised:
         selecting.select_layers(backbone, selection)
     assert 'Pass "all", an int' in str(raised.value)
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_refuses_layers_in_place_of_their_names(backbone, several):
+    layer = backbone.get_layer("c")
+    with pytest.raises(ValueError, match=re.escape("pass `layers=['c']`; nested layers")):
+        selecting.select_layers(backbone, [layer] if several else layer)
+
+
+def test_int_passes_over_layers_that_are_not_counted(backbone):
+    cell = backbone.get_layer("lstm").cell
+    assert names(selecting.select_layers(backbone, 2, not_counted=[cell])) == ["b", "c"]
+    with pytest.raises(ValueError, match="has 3 layers with weights"):
+        selecting.select_layers(backbone, 4, not_counted=[cell])

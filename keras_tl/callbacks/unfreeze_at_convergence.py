@@ -25,7 +25,7 @@ from keras_tl.learning_rates import LearningRate
 from keras_tl.messages import say
 from keras_tl.selecting import Backbone, Selection, is_built
 from keras_tl.stages import DEFAULT_RATE, Stage, check_rate_is_default, check_stages
-from keras_tl.staging import StagedModel
+from keras_tl.staging import GO_ON, StagedModel
 from keras_tl.warm_up import WarmUp, check_can_be_set, learning_rate_of
 
 
@@ -49,6 +49,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     A model whose layers in question are trainable already, such as one loaded after the switch,
     starts in stage 1; with `stages` in the first in which just the layers that are trainable train.
+    A plain backbone without BatchNormalization is trainable then as it was before it was ever
+    frozen: it goes on if the optimizer has trained it. A loaded KerasHub task knows neither, and
+    starts in stage 0.
 
     A model compiled with a `GroupOptimizer` keeps its groups: what is unfrozen joins the group that
     `assign` says, with that group's learning rate, and groups that nothing joins keep their state.
@@ -268,7 +271,13 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self._prepared = is_built(self.model)
         switched = self.model.optimizer is self._renewed_optimizer
         if not switched and self._staged.freeze_untouched():
-            self._say(f"UnfreezeAtConvergence froze {self._staged.names}, which was trainable.")
+            message = f"UnfreezeAtConvergence froze {self._staged.names}, which was trainable."
+            if internals.keeps_no_optimizer(self.model):
+                message += (
+                    f" If this {type(self.model).__name__} was saved in a fine-tuning stage, its "
+                    f"file does not tell. {GO_ON}"
+                )
+            self._say(message)
         self._begin_stage(0)
         if self._prepared:
             self._find_stage()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,7 +11,12 @@ from typing import Any
 import keras
 
 from keras_tl.internals.checked import SINCE_3_15, checked
-from keras_tl.internals.imported import get_keras_mask, global_state, set_keras_mask
+from keras_tl.internals.imported import (
+    get_keras_mask,
+    global_state,
+    set_keras_mask,
+    to_snake_case,
+)
 
 
 @checked(SINCE_3_15)
@@ -29,6 +35,20 @@ def own_trainable_weights(layer: keras.Layer) -> list[keras.Variable]:
 def own_state(layer: keras.Layer) -> list[keras.Variable]:
     """Returns the weights that the layer itself created never to be trained (statistics)."""
     return list(layer._non_trainable_variables)
+
+
+def name_without_count(one: keras.Layer | keras.Variable) -> str:
+    """Returns the name of a layer or weight, an automatic one without what counts up in it."""
+    stem = to_snake_case("Variable" if isinstance(one, keras.Variable) else type(one).__name__)
+    return stem if re.fullmatch(rf"{stem}_\d+", one.name) else one.name
+
+
+def is_lora_backbone(layer: keras.Layer) -> bool:
+    """Whether it is a KerasHub backbone whose `enable_lora` was called.
+
+    It freezes the layers around those with LoRA, and notes nothing of it that is public.
+    """
+    return bool(getattr(layer, "_lora_enabled_layers", None))
 
 
 @checked(SINCE_3_15)

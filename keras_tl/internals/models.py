@@ -110,6 +110,16 @@ def has_own_train_step(model: keras.Model) -> bool:
     return type(model).train_step is not keras.Model.train_step or "train_step" in vars(model)
 
 
+def keeps_no_optimizer(model: keras.Model) -> bool:
+    """Whether a loaded model of this class is compiled anew, or not at all, as KerasHub's tasks.
+
+    Keras compiles no model whose class overrides `compile` and does not say how to load it.
+    """
+    of = type(model)
+    overridden = of.compile is not keras.Model.compile
+    return overridden and of.compile_from_config is keras.Model.compile_from_config
+
+
 def own_methods(model: keras.Model) -> list[str]:
     """Returns the names of the methods with which a model is trained and that are not Keras'.
 

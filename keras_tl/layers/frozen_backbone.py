@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from keras_tl import freezing, internals
-from keras_tl.freezing import TrainableFlags
+from keras_tl.hand_frozen import NOTHING, HandFrozen, frozen_by_hand
+from keras_tl.messages import some
 from keras_tl.selecting import Selection, batchnorm_layers, no_such_layer
 
 _INFERENCE_MODES = ("always", "batchnorm")
@@ -24,6 +26,10 @@ class FrozenBackbone(keras.layers.Layer):
     a `training=False` written into a Functional model does not achieve in Keras 3: `fit` overrides
     it. The layers around the wrapper notice nothing: Dropout in the head is active in `fit` as
     ever.
+
+    What you froze by hand before wrapping stays frozen: single weights always, and whole layers of
+    a backbone of which others train, unless a selection names them (see `unfreeze`). A backbone
+    that is frozen as a whole says nothing by that, and is unfrozen as a whole.
 
     While nothing in it is trainable, its output carries `stop_gradient`. Layers placed *before* a
     backbone that is wholly frozen therefore get no gradient.
@@ -98,11 +104,8 @@ class FrozenBackbone(keras.layers.Layer):
         )
         self.inference_mode = inference_mode
         self.supports_masking = True
-        frozen = {id(weight) for weight in freezing.hand_frozen_weights(backbone)}
-        self._hand_frozen = tuple(
-            index for index, weight in enumerate(backbone.weights) if id(weight) in frozen
-        )
-        self._flags_when_built: TrainableFlags | None = None
+        self.hand_frozen = frozen_by_hand(backbone)
+        self._saved: _Saved | None = None
         self._batchnorm_in_inference = internals.HeldInInference(batchnorm_layers(backbone))
         freezing.freeze(backbone)
         if trainable:
@@ -113,9 +116,8 @@ class FrozenBackbone(keras.layers.Layer):
             inputs = keras.tree.map_shape_structure(keras.KerasTensor, input_shape)
             self.backbone(inputs, training=False)
         self._batchnorm_in_inference = internals.HeldInInference(batchnorm_layers(self.backbone))
-        if self._flags_when_built is not None:
-            freezing.set_trainable_flags(self.backbone, self._flags_when_built)
-            self._flags_when_built = None
+        if self._saved is not None:
+            self._restore(self._saved)
         elif not self.trainable:
             # Layers that the backbone made in its own `build` are trainable until now.
             freezing.freeze(self.backbone)
@@ -144,12 +146,6 @@ class FrozenBackbone(keras.layers.Layer):
         """The backbone's input shape, if it has one: `keras.Sequential` reads it to build."""
         return self.backbone.input_shape
 
-    @property
-    def hand_frozen(self) -> list[keras.Variable]:
-        """The weights that were frozen one by one before they were wrapped: they stay so."""
-        weights = self.backbone.weights
-        return [weights[index] for index in self._hand_frozen]
-
     def unfreeze(
         self, layers: Selection = "all", *, train_batchnorm: bool = False
     ) -> list[keras.Layer]:
@@ -157,7 +153,13 @@ class FrozenBackbone(keras.layers.Layer):
 
         Takes effect in a running `fit` only through `UnfreezeAtConvergence`; outside `fit`, compile
         the model again. Weights that were never trainable stay so, and so do kernels that LoRA has
-        frozen.
+        frozen and single weights that were frozen by hand before wrapping.
+
+        Whole layers that were frozen by hand, or by `enable_lora` of a KerasHub backbone around
+        those with LoRA, stay frozen unless a name, an expression or a function selects them.
+        `"all"` and an int do not (an int passes over them), nor does an expression or a function
+        that selects all that `"all"` does. A selected layer brings what was frozen in it only if
+        all of it was.
 
         Args:
             layers: Which layers. `"all"`; an int n, the n layers nearest the output that have
@@ -181,7 +183,7 @@ class FrozenBackbone(keras.layers.Layer):
         ['Conv_1']
         """
         unfrozen = freezing.unfreeze(
-            self.backbone, layers, train_batchnorm=train_batchnorm, keep_frozen=self.hand_frozen
+            self.backbone, layers, train_batchnorm=train_batchnorm, hand_frozen=self.hand_frozen
         )
         internals.set_layer_flag(self, True)
         return unfrozen
@@ -213,13 +215,8 @@ class FrozenBackbone(keras.layers.Layer):
             backbone=keras.saving.serialize_keras_object(self.backbone),
             output_layers=self.output_layers,
             inference_mode=self.inference_mode,
-            hand_frozen=list(self._hand_frozen),
-            trainable_flags=None,
+            **dataclasses.asdict(self._saved or self._to_save()),
         )
-        if self.trainable_weights:
-            config["trainable_flags"] = dataclasses.asdict(
-                freezing.get_trainable_flags(self.backbone)
-            )
         return config
 
     @classmethod
@@ -227,25 +224,59 @@ class FrozenBackbone(keras.layers.Layer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> FrozenBackbone:
         config = copy.deepcopy(config)
-        flags = config.pop("trainable_flags", None)
-        hand_frozen = config.pop("hand_frozen", ())
+        saved = _Saved(config.pop("hand_frozen", ()), config.pop("trainable_flags", None))
         backbone = config.pop("backbone")
         if not isinstance(backbone, keras.Layer):
             backbone = keras.saving.deserialize_keras_object(
                 backbone, custom_objects=custom_objects
             )
         layer = cls(backbone, **config)
-        layer._hand_frozen = tuple(hand_frozen)
-        if flags is not None:
-            layer._restore_flags(TrainableFlags(**flags))
+        if layer.backbone.built:
+            layer._restore(saved)
+        else:
+            layer.hand_frozen = NOTHING
+            layer._saved = saved
+            internals.set_layer_flag(layer, saved.trainable_flags is not None)
         return layer
 
-    def _restore_flags(self, flags: TrainableFlags) -> None:
+    def _to_save(self) -> _Saved:
+        flags = None
+        if self.trainable_weights:
+            flags = dataclasses.asdict(freezing.get_trainable_flags(self.backbone))
+        return _Saved(self.hand_frozen.to_config(self.backbone), flags)
+
+    def _restore(self, saved: _Saved) -> None:
+        """Freezes and unfreezes what was when this configuration was made."""
+        self._saved = None
+        # Not what is frozen in the backbone now: its configuration may hold the flags of a stage.
+        self.hand_frozen = HandFrozen.from_config(self.backbone, saved.hand_frozen)
+        if saved.trainable_flags is None:
+            freezing.freeze(self.backbone)
+            return
         internals.set_layer_flag(self, True)
-        if self.backbone.built:
-            freezing.set_trainable_flags(self.backbone, flags)
-        else:
-            self._flags_when_built = flags
+        lost = freezing.restore_trainable_flags(self.backbone, saved.trainable_flags)
+        internals.set_layer_flag(self, bool(self.trainable_weights))
+        if lost:
+            warnings.warn(
+                f'In the saved backbone "{self.backbone.name}" some of what trained is not in the '
+                f"one that was made from its configuration: {some(lost)}. The rest is as it was. "
+                "Was LoRA enabled, which this backbone does not write down? Its updates are in the "
+                "saved kernels: call `enable_lora` again to train more of them, or `unfreeze`.",
+                stacklevel=2,
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Saved:
+    """What a configuration tells of the flags. Keras tracks no dataclass among the attributes.
+
+    Attributes:
+        hand_frozen: What `HandFrozen.from_config` takes.
+        trainable_flags: What `freezing.restore_trainable_flags` takes, None if nothing trains.
+    """
+
+    hand_frozen: Any
+    trainable_flags: Any
 
 
 def _truncate(backbone: keras.Layer, output_layers: str | Sequence[str]) -> keras.Model:

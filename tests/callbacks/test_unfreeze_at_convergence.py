@@ -414,6 +414,58 @@ def test_second_fit_goes_on_fine_tuning_a_plain_backbone():
     assert base.trainable
 
 
+@pytest.mark.parametrize("head_learning_rate", [None, 1e-2])
+def test_loaded_model_with_a_plain_backbone_goes_on_fine_tuning(head_learning_rate, tmp_path):
+    model, base = plain(["dense"])
+    model.compile("adam", "mse")
+    arguments = {"head_learning_rate": head_learning_rate}
+    scripted_fit(model, unfreezer(backbone=base, **arguments), [1, 1, 1])
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+
+    callback = unfreezer(backbone=loaded.layers[1], **arguments)
+    history = scripted_fit(loaded, callback, [1, 1])
+
+    assert history.history["stage"] == [1, 1]
+    assert callback.transitions == []
+    values = values_of(loaded)
+    assert values_of(keras.saving.load_model(tmp_path / "model.keras")) != values
+
+
+@pytest.mark.parametrize("trained_first", ["statistics too", "another head", "nothing"])
+def test_trainable_plain_backbone_that_no_stage_left_so_is_frozen(trained_first):
+    model, base = plain(["dense", "batchnorm"] if trained_first == "statistics too" else ["dense"])
+    model.compile("sgd", "mse")
+    if trained_first != "nothing":
+        model.fit(X, Y, verbose=0)
+    if trained_first == "another head":
+        model = keras.Model(base.input, keras.layers.Dense(1)(base.output))
+        model.compile("sgd", "mse")
+    history = scripted_fit(model, unfreezer(backbone=base), [1, 1, 1])
+    assert history.history["stage"] == [0, 0, 1]
+
+
+def test_fine_tuned_plain_backbone_whose_flags_and_steps_are_lost_is_frozen_with_a_warning():
+    model, base = plain(["dense"])
+    model.compile(keras.optimizers.Adam(1e-3), "mse")
+    with pytest.warns(UserWarning, match="the learning rate of a fine-tuning stage.*To go on"):
+        history = scripted_fit(model, unfreezer(backbone=base), [1, 1, 1])
+    assert history.history["stage"] == [0, 0, 1]
+
+
+class CompilesItself(keras.Model):
+    def compile(self, optimizer="sgd", loss="mse", **arguments):
+        super().compile(optimizer, loss, **arguments)
+
+
+def test_model_whose_file_cannot_tell_a_stage_says_so(capsys):
+    base = models.functional(["dense"])
+    model = CompilesItself(base.input, keras.layers.Dense(1)(base.output))
+    model.compile()
+    scripted_fit(model, unfreezer(backbone=base, verbose=1), [1, 1])
+    assert "If this CompilesItself was saved in a fine-tuning stage" in capsys.readouterr().out
+
+
 def test_second_fit_with_another_model_starts_over():
     callback = UnfreezeAtConvergence(
         optimizer=keras.optimizers.SGD(0.25), monitor="score", mode="min", patience=1, verbose=0
