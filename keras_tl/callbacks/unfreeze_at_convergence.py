@@ -373,6 +373,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def _save(self, backup: RunBackup, epoch: int) -> None:
         state, arrays = self._progress.to_data(self.model.variables)
         state["warm_up"] = None if self._warm_up is None else self._warm_up.get_state()
+        state["schedule_starts"] = switching.schedule_starts(self.model)
         backup.save(epoch, state, arrays)
 
     def _resume(self, backup: RunBackup) -> None:
@@ -392,6 +393,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             switching.restore_training(
                 self.model, snapshot.arrays["model"], snapshot.arrays["optimizer"]
             )
+            switching.set_schedule_starts(self.model, state.get("schedule_starts", {}))
         self._renewed_optimizer = self.model.optimizer
         best = BestWeights(self._monitored.mode)
         self._progress.read(state, snapshot.arrays, variables, self._new_judge(), best)
