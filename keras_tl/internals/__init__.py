@@ -8,7 +8,7 @@ from keras_tl.internals.batches import (
     batches_of,
     predictions,
 )
-from keras_tl.internals.callback_list import callbacks_beside, summary_writer
+from keras_tl.internals.callback_list import callbacks_beside, running_list, summary_writer
 from keras_tl.internals.checked import UnsupportedKerasError
 from keras_tl.internals.graphs import (
     bottlenecks,
@@ -52,6 +52,7 @@ from keras_tl.internals.optimizers import (
     continue_averages,
     copy_optimizer_state,
     copy_weight_decay_exclusions,
+    has_settable_rate,
     optimizer_config,
     optimizer_weights,
     scale_learning_rates,
@@ -104,6 +105,7 @@ __all__ = [
     "graph_inputs",
     "graph_outputs",
     "has_own_train_step",
+    "has_settable_rate",
     "held_values",
     "in_all",
     "initial_epoch",
@@ -126,6 +128,7 @@ __all__ = [
     "random_state",
     "renew_functions",
     "replicas",
+    "running_list",
     "scale_learning_rates",
     "schedule_of",
     "seed_states",

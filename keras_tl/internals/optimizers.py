@@ -45,6 +45,12 @@ def schedule_of(optimizer: Any) -> keras.optimizers.schedules.LearningRateSchedu
 
 
 @checked(SINCE_3_15)
+def has_settable_rate(optimizer: Any) -> bool:
+    """Whether an optimizer's learning rate is a number, which callbacks may set."""
+    return isinstance(optimizer._learning_rate, keras.Variable)
+
+
+@checked(SINCE_3_15)
 def steps_of(optimizer: Any) -> int:
     """Returns the step count that an optimizer's schedule reads.
 

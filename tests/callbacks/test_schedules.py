@@ -126,7 +126,7 @@ def test_the_rate_is_what_the_weights_are_trained_with():
     model.compile(keras.optimizers.SGD(1.0), Sum())
     bias = []
     note = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda *_: bias.append(float(model.layers[-1].bias[0]))
+        on_epoch_end=lambda *_: bias.append(float(np.array(model.layers[-1].bias)[0]))
     )
     fit(model, callback(head_learning_rate=schedule, max_frozen_epochs=1), note, epochs=3)
     np.testing.assert_allclose(np.diff([0.0, *bias]), [-2.0, -1.0, -0.75], rtol=1e-6)
