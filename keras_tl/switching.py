@@ -28,6 +28,12 @@ from keras_tl.best_weights import Snapshot
 from keras_tl.learning_rates import LayerwiseLearningRates, LearningRate, check_learning_rate
 from keras_tl.optimizers import GroupOptimizer
 from keras_tl.optimizers.assignment import Assignment
+from keras_tl.optimizers.shifted_schedule import (
+    begin_schedule,
+    continue_schedule,
+    first_step_of,
+    set_first_step,
+)
 
 
 def renew_optimizer(
@@ -44,7 +50,8 @@ def renew_optimizer(
     Args:
         optimizer: A Keras optimizer, built or not.
         learning_rate: Float, `LearningRateSchedule` or callable for the new one. None keeps the old
-            setting; a schedule starts again at its first step.
+            setting; a schedule starts again at its first step. Must be None for a `GroupOptimizer`,
+            each group of which is made anew.
         variables: The variables that the new optimizer is to update, with which it is then built.
             None leaves that to the first step.
 
@@ -63,19 +70,28 @@ def renew_optimizer(
     1.0
     """
     inner = internals.without_loss_scale(optimizer)
-    if isinstance(inner, keras.optimizers.MultiOptimizer):
-        raise ValueError(
-            f"The optimizer {inner.name!r} is a MultiOptimizer, which has no single learning rate "
-            "to replace. Pass `optimizer=` with the optimizer to fine-tune with."
-        )
-    config = inner.get_config()
-    if learning_rate is not None:
-        config["learning_rate"] = check_learning_rate(learning_rate)
-    new = type(inner).from_config(config)
-    internals.copy_weight_decay_exclusions(inner, new)
+    if isinstance(inner, GroupOptimizer) and learning_rate is None:
+        new = inner.renewed({name: renew_optimizer(one) for name, one in inner.groups.items()})
+    else:
+        new = _renewed(inner, learning_rate)
     new = _loss_scaled_like(optimizer, new)
     if variables is not None:
         _build(new, variables, optimizer)
+    return new
+
+
+def _renewed(optimizer: keras.Optimizer, learning_rate: LearningRate | None) -> keras.Optimizer:
+    if isinstance(optimizer, keras.optimizers.MultiOptimizer):
+        raise ValueError(
+            f"The optimizer {optimizer.name!r} is a MultiOptimizer, which has no single learning "
+            "rate to replace. Pass `optimizer=` with the optimizer to fine-tune with."
+        )
+    config = internals.optimizer_config(optimizer)
+    if learning_rate is not None:
+        config["learning_rate"] = check_learning_rate(learning_rate)
+    new = type(optimizer).from_config(config)
+    internals.copy_weight_decay_exclusions(optimizer, new)
+    set_first_step(new, 0)
     return new
 
 
@@ -134,8 +150,8 @@ def renew_training(
         head_learning_rate: The same for the weights that have been trained so far, which then keep
             the state of their optimizer, in a group "head" (or the groups they are in); those that
             join are a new group. None gives one new optimizer to all.
-        optimizer: An optimizer to use instead of a copy of the model's. A copy of it is used if
-            it is built already, or a learning rate is given.
+        optimizer: An optimizer whose copy to use instead of a copy of the model's. It stays as it
+            is.
         trained: List of the weights that have been trained so far. None: those that the optimizer
             was built with.
         group: String. The name of the new group.
@@ -167,7 +183,11 @@ def renew_training(
                 )
             elif isinstance(learning_rate, LayerwiseLearningRates):
                 groups = {"head": renew_optimizer(new), group: new}
-                new = GroupOptimizer(groups, assign={group: learning_rate})
+                new = GroupOptimizer(
+                    groups,
+                    assign={group: learning_rate},
+                    loss_scale_factor=new.loss_scale_factor,
+                )
         new = _loss_scaled_like(model.optimizer, new)
         _build(new, variables, model.optimizer)
         if head_learning_rate is None and not keeps_groups:
@@ -210,19 +230,41 @@ def restore_training(
         variable.assign(value)
 
 
+def schedule_starts(model: keras.Model) -> dict[str, int]:
+    """Returns, by parameter group, the step of its optimizer at which its schedule begins."""
+    groups = _groups_of(internals.without_loss_scale(model.optimizer))
+    return {name: first_step_of(one) for name, one in groups.items()}
+
+
+def set_schedule_starts(model: keras.Model, starts: Mapping[str, int]) -> None:
+    """Has schedules begin where `schedule_starts` said, which no optimizer's variables hold."""
+    if starts == schedule_starts(model):
+        return
+    groups = _groups_of(internals.without_loss_scale(model.optimizer))
+    for name, first_step in starts.items():
+        set_first_step(groups[name], first_step)
+    # A step that was traced already has the old start in it.
+    internals.renew_functions(model, keep_evaluation=True)
+
+
 def _fresh(
     given: keras.Optimizer | None,
     old: keras.Optimizer,
     learning_rate: LearningRate | LayerwiseLearningRates | None,
 ) -> keras.Optimizer:
-    """Returns an optimizer that is not built: the one given, or a copy of the newest there is."""
-    if given is not None and not given.built and learning_rate is None:
-        return given
-    if given is None:
-        given = list(old.groups.values())[-1] if isinstance(old, GroupOptimizer) else old
+    """Returns an optimizer that is not built: a copy of the one given, or of the newest there is.
+
+    Never the one given itself: built and decayed, it would not serve another run.
+    """
     if isinstance(learning_rate, LayerwiseLearningRates):
         learning_rate = learning_rate.learning_rate
-    return renew_optimizer(given, learning_rate)
+    if given is not None:
+        return renew_optimizer(given, learning_rate)
+    newest = list(old.groups.values())[-1] if isinstance(old, GroupOptimizer) else old
+    new = renew_optimizer(newest, learning_rate)
+    if learning_rate is None:
+        continue_schedule(newest, new)
+    return new
 
 
 def _joined(
@@ -245,7 +287,10 @@ def _joined(
     if isinstance(learning_rate, LayerwiseLearningRates):
         new = [variable for variable in variables if id(variable) not in known]
         assign[group] = learning_rate.restricted_to(new)
-    return _continued(old, {**groups, group: joining}, assign, variables)
+    joined = _continued(old, {**groups, group: joining}, assign, variables)
+    if "head" in before:
+        begin_schedule(joined.groups["head"])
+    return joined
 
 
 def _continued(
@@ -256,8 +301,16 @@ def _continued(
 ) -> GroupOptimizer:
     """Returns built groups that go on where `old` is."""
     clipnorm = old.global_clipnorm if isinstance(old, GroupOptimizer) else None
-    new = GroupOptimizer(groups, assign=assign, global_clipnorm=clipnorm)
-    new.build_from(variables, old if isinstance(old, GroupOptimizer) else _groups_of(old))
+    new = GroupOptimizer(
+        groups,
+        assign=assign,
+        global_clipnorm=clipnorm,
+        loss_scale_factor=old.loss_scale_factor,
+    )
+    before = _groups_of(old)
+    new.build_from(variables, old if isinstance(old, GroupOptimizer) else before)
+    for name, one in before.items():
+        continue_schedule(one, new.groups[name])
     internals.copy_value(old.iterations, new.iterations)
     return new
 

@@ -49,35 +49,6 @@ def check_neighbours(
             _check_plateau(one.patience, patience)
 
 
-def check_learning_rate(
-    beside: Sequence[keras.callbacks.Callback],
-    epoch: int,
-    learning_rate: float,
-    set_at_switch: float,
-) -> bool:
-    """Warns if a LearningRateScheduler has undone a switch's learning rate.
-
-    Args:
-        beside: The callbacks of the running `fit`.
-        epoch: Int. The epoch, counted from 0.
-        learning_rate: Float. The learning rate at its end.
-        set_at_switch: Float. What the switch has set.
-
-    Returns:
-        Bool. Whether it has.
-    """
-    scheduled = any(isinstance(one, keras.callbacks.LearningRateScheduler) for one in beside)
-    undone = scheduled and learning_rate > 1.001 * set_at_switch
-    if undone:
-        _warn(
-            f"LearningRateScheduler has set the learning rate to {learning_rate:.4g} in epoch "
-            f"{epoch + 1}, which UnfreezeAtConvergence had set to {set_at_switch:.4g}. Have its "
-            "schedule change the rate that it is given, as `lambda epoch, rate: 0.95 * rate` does; "
-            "or drop it, and pass a `LearningRateSchedule` to the optimizer and to `learning_rate`."
-        )
-    return undone
-
-
 def _check_backup_and_restore(backup: bool) -> None:
     if backup:
         raise ValueError(

@@ -13,10 +13,11 @@ import keras
 from keras_tl import freezing, internals, switching
 from keras_tl.backbones import changeable_weights
 from keras_tl.best_weights import BestWeights
-from keras_tl.callbacks import tensorboard
+from keras_tl.callbacks import early_stops, observers, tensorboard
 from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
-from keras_tl.callbacks.neighbours import check_learning_rate, check_neighbours
+from keras_tl.callbacks.neighbours import check_neighbours
 from keras_tl.callbacks.progress import Progress
+from keras_tl.callbacks.rate_watch import RateWatch
 from keras_tl.callbacks.run_backup import RunBackup
 from keras_tl.callbacks.transition import Transition
 from keras_tl.callbacks.wording import what_next, why_ended, why_still_frozen
@@ -39,7 +40,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     The epoch's logs, and so `History`, get `learning_rate` and `stage`. Place other callbacks that
     stop training before this one: an `EarlyStopping` before it that stops training in stage 0
-    counts as convergence, and starts over in stage 1.
+    counts as convergence, and starts over in stage 1. A stop by any other callback ends training.
+
+    A schedule that is given for a stage, also to the head, begins at that stage's switch; one that
+    the model was compiled with goes on. A callback that sets learning rates of its own undoes those
+    of the switch, and is warned of.
 
     Without a `FrozenBackbone`, pass `backbone`. A plain backbone that is wholly trainable when
     `fit` starts is frozen first. Its BatchNormalization layers are then never unfrozen: in a plain
@@ -79,9 +84,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         start_from_epoch: Int. Epochs before it are not judged. Defaults to `0`.
         max_frozen_epochs: Int or None. Epochs of `fit` after which stage 0 ends even if the head
             has not converged. Defaults to `None`.
-        optimizer: A `keras.optimizers.Optimizer` that is not built, for stage 1, with its own
-            learning rate (`learning_rate` is then to be left out). Defaults to a copy of the
-            compiled one's configuration. Each of `stages` takes a copy, with its learning rate.
+        optimizer: A `keras.optimizers.Optimizer` that is not built, whose copy is for stage 1, with
+            its own learning rate (`learning_rate` is then to be left out). It stays as it is, so
+            each `fit` begins with what was given. Defaults to a copy of the compiled one's
+            configuration. Each of `stages` takes a copy, with its learning rate.
         head_learning_rate: Float, `LearningRateSchedule` or callable. The learning rate in stage 1
             of what trains in stage 0, which then keeps its optimizer's state, as the group "head"
             of a `GroupOptimizer`; the backbone joins as the group "backbone", with `learning_rate`.
@@ -267,7 +273,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             # Of a fit that was interrupted.
             self._warm_up.finish()
             self._warm_up = None
-        self._rate_undone = False
+        self._rates = RateWatch(self._beside)
+        observers.place(
+            self, [*early_stops.observers(self._early_stopping()), *self._rates.observers()]
+        )
         self._prepared = is_built(self.model)
         switched = self.model.optimizer is self._renewed_optimizer
         if not switched and self._staged.freeze_untouched():
@@ -294,6 +303,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         internals.set_initial_epoch(self.model, self._initial_epoch)
         if self._progress.switch_reason is not None:
             self._switch(epoch, self._progress.switch_reason)
+        self._rates.epoch = epoch
 
     def _on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         # On JAX the values are with the model only after this property was read.
@@ -302,6 +312,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
+        stopped_early = early_stops.stopped_early(self.model)
         if not self._prepared:
             # Keras builds a subclassed model in its first step, on TensorFlow.
             self._prepared = True
@@ -314,14 +325,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         logs["stage"] = self.stage
         for name in logs:
             self.logged_epochs.setdefault(name, []).append(epoch)
-        self._check_rate(epoch)
+        self._rates.check(self.model)
         tensorboard.write_parameters(self._beside, epoch, self.model)
         self._progress.stage_epochs += 1
         ended = self._why_ended(epoch, value)
         if self.stage > 0 and value is not None and not math.isfinite(value):
             self._stop(epoch, f"{self.monitor} is {value}")
         elif self.stage < len(self.stages):
-            self._decide_switch(epoch, ended, logs)
+            self._decide_switch(ended, stopped_early and math.isfinite(logs.get("loss", 0.0)))
         elif ended is not None:
             self._stop(epoch, self._described(ended))
         if self._backup is not None:
@@ -329,6 +340,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         internals.set_initial_epoch(self.model, self._initial_epoch)
+        observers.remove(self)
         if self._warm_up is not None:
             self._warm_up.finish()
             self._warm_up = None
@@ -392,6 +404,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def _save(self, backup: RunBackup, epoch: int) -> None:
         state, arrays = self._progress.to_data(self.model.variables)
         state["warm_up"] = None if self._warm_up is None else self._warm_up.get_state()
+        state["schedule_starts"] = switching.schedule_starts(self.model)
         backup.save(epoch, state, arrays)
 
     def _resume(self, backup: RunBackup) -> None:
@@ -408,9 +421,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             for number in range(self.stage + 1, state["stage"] + 1):
                 self._staged.enter(number)
                 self._begin_stage(number)
+                self._rates.begin(self.model)
             switching.restore_training(
                 self.model, snapshot.arrays["model"], snapshot.arrays["optimizer"]
             )
+            switching.set_schedule_starts(self.model, state.get("schedule_starts", {}))
         self._renewed_optimizer = self.model.optimizer
         best = BestWeights(self._monitored.mode)
         self._progress.read(state, snapshot.arrays, variables, self._new_judge(), best)
@@ -427,12 +442,6 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         )
 
     # At an epoch's end.
-
-    def _check_rate(self, epoch: int) -> None:
-        if self.transitions and not self._rate_undone:
-            now = learning_rate_of(self.model.optimizer)
-            after = self.transitions[-1].learning_rate_after
-            self._rate_undone = check_learning_rate(self._beside, epoch, now, after)
 
     def _limits(self) -> tuple[int | None, int | None]:
         """After how many epochs without improvement, and of all, the stage ends."""
@@ -474,16 +483,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             dtype=keras.config.floatx(),
         )
 
-    def _decide_switch(self, epoch: int, ended: str | None, logs: dict[str, Any]) -> None:
+    def _decide_switch(self, ended: str | None, stopped_early: bool) -> None:
         self._progress.switch_reason = ended
-        if self.model.stop_training and self._stopped_early(epoch, logs):
+        if stopped_early:
             self._progress.switch_reason = ended or "early_stopping"
             self.model.stop_training = False
-
-    def _stopped_early(self, epoch: int, logs: dict[str, Any]) -> bool:
-        """Whether an EarlyStopping, and not a callback for broken runs, has stopped training."""
-        stopped = any(callback.stopped_epoch == epoch for callback in self._early_stopping())
-        return stopped and math.isfinite(logs.get("loss", 0.0))
 
     def _early_stopping(self) -> list[keras.callbacks.EarlyStopping]:
         """The EarlyStopping callbacks before this one, which run in stages as it does."""
@@ -508,6 +512,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         rate = learning_rate_of(self.model.optimizer)
         self._staged.enter(self.stage + 1, self._progress.best)
         self._renewed_optimizer = self.model.optimizer
+        self._rates.begin(self.model)
         after = self.model.trainable_weights
         transition = Transition(
             epoch=epoch,

@@ -8,7 +8,7 @@ from keras_tl.internals.batches import (
     batches_of,
     predictions,
 )
-from keras_tl.internals.callback_list import callbacks_beside, summary_writer
+from keras_tl.internals.callback_list import callbacks_beside, running_list, summary_writer
 from keras_tl.internals.checked import UnsupportedKerasError
 from keras_tl.internals.graphs import (
     bottlenecks,
@@ -55,8 +55,12 @@ from keras_tl.internals.optimizers import (
     continue_averages,
     copy_optimizer_state,
     copy_weight_decay_exclusions,
+    has_settable_rate,
+    optimizer_config,
     optimizer_weights,
     scale_learning_rates,
+    schedule_of,
+    steps_of,
     without_loss_scale,
 )
 from keras_tl.internals.processes import (
@@ -104,6 +108,7 @@ __all__ = [
     "graph_inputs",
     "graph_outputs",
     "has_own_train_step",
+    "has_settable_rate",
     "held_values",
     "in_all",
     "initial_epoch",
@@ -119,6 +124,7 @@ __all__ = [
     "on_device",
     "on_host",
     "operation_of",
+    "optimizer_config",
     "optimizer_weights",
     "outputs_in_graph",
     "own_methods",
@@ -128,12 +134,15 @@ __all__ = [
     "random_state",
     "renew_functions",
     "replicas",
+    "running_list",
     "scale_learning_rates",
+    "schedule_of",
     "seed_states",
     "set_compiled_state",
     "set_initial_epoch",
     "set_layer_flag",
     "set_weight_flag",
+    "steps_of",
     "stop_gradient",
     "strategy_scope",
     "sublayers",

@@ -20,15 +20,20 @@ def summary_writer(tensorboard: keras.callbacks.TensorBoard) -> Any:
 
 
 def callbacks_beside(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callback]:
-    """Returns the callbacks of the running `fit`, in their order, or `[callback]` where none runs.
+    """Returns the callbacks of the running `fit`, in their order, or `[callback]` where none runs."""
+    running = running_list(callback)
+    return [callback] if running is None else list(running.callbacks)
 
-    Keras gives a callback no way to see the list it is in; the list that called it is found on the
-    stack.
+
+def running_list(callback: keras.callbacks.Callback) -> keras.callbacks.CallbackList | None:
+    """Returns the list of callbacks that is calling a callback, or None where none is.
+
+    Keras gives a callback no way to see the list it is in; it is found on the stack.
     """
     frame = inspect.currentframe()
     while frame is not None:
         running = frame.f_locals.get("self")
         if isinstance(running, keras.callbacks.CallbackList) and callback in running.callbacks:
-            return list(running.callbacks)
+            return running
         frame = frame.f_back
-    return [callback]
+    return None

@@ -20,6 +20,46 @@ def without_loss_scale(optimizer: keras.Optimizer) -> keras.Optimizer:
 
 
 @checked(SINCE_3_15)
+def optimizer_config(optimizer: Any) -> dict[str, Any]:
+    """Returns an optimizer's configuration, with its schedule or function for a rate as it is.
+
+    Serialized, one of the user's own class that has no `get_config` would fail, and one that is not
+    registered could not be read. The rate is set aside meanwhile, for `get_config` serializes it.
+    """
+    rate = optimizer._learning_rate
+    if isinstance(rate, keras.Variable):
+        return optimizer.get_config()
+    optimizer._learning_rate = 0.0
+    try:
+        config = optimizer.get_config()
+    finally:
+        optimizer._learning_rate = rate
+    return {**config, "learning_rate": rate} if "learning_rate" in config else config
+
+
+@checked(SINCE_3_15)
+def schedule_of(optimizer: Any) -> keras.optimizers.schedules.LearningRateSchedule | None:
+    """Returns an optimizer's schedule, or None where the learning rate is a number or function."""
+    rate = optimizer._learning_rate
+    return rate if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) else None
+
+
+@checked(SINCE_3_15)
+def has_settable_rate(optimizer: Any) -> bool:
+    """Whether an optimizer's learning rate is a number, which callbacks may set."""
+    return isinstance(optimizer._learning_rate, keras.Variable)
+
+
+@checked(SINCE_3_15)
+def steps_of(optimizer: Any) -> int:
+    """Returns the step count that an optimizer's schedule reads.
+
+    With `gradient_accumulation_steps` that is not `iterations`, which counts updates.
+    """
+    return int(on_host(optimizer._iterations))
+
+
+@checked(SINCE_3_15)
 def optimizer_weights(optimizer: Any) -> list[Any] | None:
     """Returns the variables that an optimizer was built to update, or None before it is built."""
     inner = without_loss_scale(optimizer)

@@ -260,6 +260,23 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         optimizer._assigned, optimizer._scaled = assigned, scales
         return optimizer
 
+    def renewed(self, groups: Mapping[str, keras.Optimizer]) -> GroupOptimizer:
+        """Returns an optimizer with the same assignments and settings, and other optimizers.
+
+        Args:
+            groups: Optimizers by the groups' names, not built.
+
+        Returns:
+            A `GroupOptimizer`, not built.
+        """
+        return type(self)(
+            groups,
+            assign=self._assign,
+            global_clipnorm=self.global_clipnorm,
+            loss_scale_factor=self.loss_scale_factor,
+            name=self.name,
+        )
+
     # Which variable is in which group.
 
     def _optimizer_of(self, variable: keras.Variable) -> keras.Optimizer:
