@@ -17,7 +17,7 @@ from tests.conftest import examples
 ARRAYS = {"model": [np.arange(6.0).reshape(2, 3), np.array(3)], "best": []}
 
 
-def accept(state):
+def accept(state, arrays):
     return None
 
 
@@ -161,13 +161,13 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
 def test_what_none_can_be_used_for_is_said(tmp_path):
     backup = saved(tmp_path, 1, 2)
     with pytest.raises(ValueError, match="epoch-000002: other model.*epoch-000001: other model"):
-        backup.load(lambda state: "other model.")
+        backup.load(lambda state, arrays: "other model.")
     assert epoch_of(backup.load(accept)) == 2
 
 
 def test_the_one_before_is_used_if_the_newest_is_refused(tmp_path):
     backup = saved(tmp_path, 1, 2)
-    loaded = backup.load(lambda state: "odd." if state["epoch"] == 2 else None)
+    loaded = backup.load(lambda state, arrays: "odd." if state["epoch"] == 2 else None)
     assert epoch_of(loaded) == 1
     assert loaded[2] == ["epoch-000002: odd."]
 
