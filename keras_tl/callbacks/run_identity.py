@@ -132,11 +132,14 @@ def _begin(
 ) -> dict[str, Any]:
     """Returns the state that the model's run has begun with."""
     compiled = internals.compile_call(model)
-    known = _begun.get(model)
-    # Of an interrupted run in a notebook; unless it is compiled anew, which must be compared.
-    if goes_on and known is not None and known[0]() is compiled:
-        return known[1]
-    state = describe()
+    known = _begun.get(model) if goes_on else None
+    if known is None:
+        state = describe()
+    else:
+        before, state = known
+        if before() is not compiled:
+            # Of an interrupted run in a notebook, compiled anew.
+            state = {**state, "optimizer": _optimizer(model)}
     _begun[model] = (weakref.ref(compiled), state)
     return state
 
@@ -150,10 +153,14 @@ def _state_at_begin(
 ) -> dict[str, Any]:
     return {
         "stage": stage,
-        "optimizer": plain(internals.without_loss_scale(model.optimizer)),
+        "optimizer": _optimizer(model),
         "trains": _trained_in_each(model, stages, backbones, exactly) if is_built(model) else None,
         "backbone": _learnt(backbones) if is_built(model) else None,
     }
+
+
+def _optimizer(model: keras.Model) -> Any:
+    return plain(internals.without_loss_scale(model.optimizer))
 
 
 def _begin_differences(was: dict[str, Any], now: dict[str, Any], complete: bool) -> Iterator[str]:
