@@ -13,14 +13,22 @@ import sys
 
 import keras
 
-from keras_tl import FreezeGuard, FrozenBackbone, Stage, UnfreezeAtConvergence, backup, switching
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    Stage,
+    UnfreezeAtConvergence,
+    backup,
+    switching,
+    temporary_folders,
+)
 from tests import models
 from tests.conftest import regression_data, values_of
 
 PLACES = {
     "write": (backup.os, "fsync"),
     "rename": (backup.pathlib.Path, "rename"),
-    "remove": (backup.shutil, "rmtree"),
+    "remove": (temporary_folders.shutil, "rmtree"),
     "switch": (switching, "renew_training"),
     "restore": (switching, "restore_training"),
     "batch": (keras.callbacks.CallbackList, "on_train_batch_end"),

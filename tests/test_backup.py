@@ -2,7 +2,10 @@
 
 import json
 import os
+import subprocess
+import sys
 
+import h5py
 import hypothesis.extra.numpy as hnp
 import ml_dtypes
 import numpy as np
@@ -11,13 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_tl import backup as module
+from keras_tl import temporary_folders
 from keras_tl.backup import Backup
 from tests.conftest import examples
 
 ARRAYS = {"model": [np.arange(6.0).reshape(2, 3), np.array(3)], "best": []}
 
 
-def accept(state):
+def accept(state, arrays):
     return None
 
 
@@ -161,13 +165,13 @@ def test_a_newer_format_is_refused_by_name(tmp_path):
 def test_what_none_can_be_used_for_is_said(tmp_path):
     backup = saved(tmp_path, 1, 2)
     with pytest.raises(ValueError, match="epoch-000002: other model.*epoch-000001: other model"):
-        backup.load(lambda state: "other model.")
+        backup.load(lambda state, arrays: "other model.")
     assert epoch_of(backup.load(accept)) == 2
 
 
 def test_the_one_before_is_used_if_the_newest_is_refused(tmp_path):
     backup = saved(tmp_path, 1, 2)
-    loaded = backup.load(lambda state: "odd." if state["epoch"] == 2 else None)
+    loaded = backup.load(lambda state, arrays: "odd." if state["epoch"] == 2 else None)
     assert epoch_of(loaded) == 1
     assert loaded[2] == ["epoch-000002: odd."]
 
@@ -200,7 +204,7 @@ def test_wherever_writing_ends_the_last_snapshot_is_whole(tmp_path, monkeypatch,
         (module.pathlib.Path, "rename"),
         (module.h5py, "File"),
         (module, "_digest"),
-        (module.shutil, "rmtree"),
+        (temporary_folders.shutil, "rmtree"),
     ]:
         monkeypatch.setattr(owner, name, counted(getattr(owner, name)))
     backup = saved(tmp_path / "all", 1, 2)
@@ -220,8 +224,7 @@ def test_wherever_writing_ends_the_last_snapshot_is_whole(tmp_path, monkeypatch,
         assert epoch_of(Backup(folder).load(accept)) in (2, 3)
         backup.save(4, {"stage": 4}, {"model": [np.full(3, 4)]})
         assert epoch_of(backup.load(accept)) == 4
-        left = [name for name in os.listdir(folder) if name.startswith(".")]
-        assert ".writing" not in left
+        assert [name for name in os.listdir(folder) if name.startswith(".")] == []
 
 
 def test_a_disk_without_space(tmp_path):
@@ -251,3 +254,162 @@ def test_deleting_leaves_what_is_not_its_own(tmp_path):
     (tmp_path / "shared" / "notes.txt").write_text("keep")
     backup.delete()
     assert os.listdir(tmp_path / "shared") == ["notes.txt"]
+
+
+# Other processes in the folder.
+
+
+def test_a_snapshot_of_another_process_is_neither_replaced_nor_deleted(tmp_path):
+    one, other = saved(tmp_path, 1), Backup(tmp_path)
+    one.save(2, {"stage": 2}, {"model": [np.full(3, 2)]})
+    with pytest.raises(module.FolderInUseError, match="another process has made epoch-000002 in"):
+        other.save(2, {"stage": 9}, {"model": [np.full(3, 9)]})
+    other.delete()
+    assert os.listdir(tmp_path) == ["epoch-000002"]
+    assert epoch_of(one.load(accept)) == 2
+    # The process goes on, and then deletes what is its own.
+    one.save(3, {"stage": 3}, {"model": [np.full(3, 3)]})
+    one.delete()
+    assert not tmp_path.exists()
+
+
+def test_what_another_process_is_writing_stays(tmp_path):
+    backup = saved(tmp_path, 1)
+    with backup._temporary.new("writing") as aside:
+        (aside / "file").write_text("half")
+        other = Backup(tmp_path)
+        other.save(2, {"stage": 2}, {"model": [np.full(3, 2)]})
+        other.delete()
+        assert (aside / "file").exists()
+    assert os.listdir(tmp_path) == []
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    hexadecimal = "0" * 32
+    for host, pid in [(temporary_folders._host(), gone.pid), ("elsewhere", 1)]:
+        left = tmp_path / f".writing-{host}-{pid}-{hexadecimal}"
+        left.mkdir()
+        (left / "state.json").write_text("half")
+    Backup(tmp_path)
+    # Of another machine nobody knows, until it is a day old.
+    assert os.listdir(tmp_path) == [left.name]
+    os.utime(left, (0, 0))
+    Backup(tmp_path)
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize("name", [".writing", ".removing", ".probe"])
+def test_a_file_in_the_way_does_no_harm(tmp_path, name):
+    (tmp_path / name).write_text("not ours")
+    backup = saved(tmp_path, 1, 2, 3)
+    backup.delete()
+    assert os.listdir(tmp_path) == [name]
+
+
+def test_a_relative_folder_stays_where_it_was_given(tmp_path, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    backup = saved("run", 1)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert epoch_of(backup.load(accept)) == 1
+    backup.delete()
+    assert os.listdir(tmp_path) == ["elsewhere"]
+
+
+def test_on_a_system_that_opens_no_folders(tmp_path, monkeypatch):
+    """As Windows, which also flushes only what is open for writing."""
+    opened = os.open
+
+    def open_files_to_write(path, flags, *arguments):
+        if os.path.isdir(path) or not flags & os.O_RDWR:
+            raise PermissionError(13, "Permission denied", str(path))
+        return opened(path, flags, *arguments)
+
+    backup = saved(tmp_path, 1)
+    monkeypatch.setattr(module.os, "open", open_files_to_write)
+    backup.save(2, {"stage": 2}, {"model": [np.full(3, 2)]})
+    monkeypatch.undo()
+    assert epoch_of(backup.load(accept)) == 2
+
+
+# Hostile files.
+
+
+def sealed_again(tmp_path, epoch):
+    """Has the digests be right, as who writes a hostile file would."""
+    path = tmp_path / f"epoch-{epoch:06d}"
+    written = json.loads((path / "state.json").read_text())
+    written["content"]["arrays"] = module._digest(path / "state.weights.h5")
+    written["digest"] = module._digest_of(written["content"])
+    (path / "state.json").write_text(json.dumps(written))
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 200_000, "[]", "null", "{}", "1" * 10_000, '{"format": []}']
+)
+def test_a_state_that_is_none_falls_back_to_the_one_before(tmp_path, text):
+    backup = saved(tmp_path, 1, 2)
+    (tmp_path / "epoch-000002" / "state.json").write_text(text)
+    loaded = backup.load(accept)
+    assert epoch_of(loaded) == 1
+    assert loaded[2][0].startswith("epoch-000002: ")
+    # And it is of no other process: it can be replaced.
+    backup.save(2, {"stage": 2}, {"model": [np.full(3, 2)]})
+    assert epoch_of(backup.load(accept)) == 2
+
+
+def huge(file):
+    del file["model/000000"]
+    return file.create_dataset("model/000000", (10**14,), "f4", chunks=(10**6,))
+
+
+def claimed(file):
+    del file["model/000000"]
+    return file.create_dataset("model/000000", (10**14,), "f4")
+
+
+def outside(file):
+    del file["model/000000"]
+    external = [("/dev/zero", 0, h5py.h5f.UNLIMITED)]
+    return file.create_dataset("model/000000", (100,), "f4", external=external)
+
+
+def linked(file):
+    del file["model/000000"]
+    file["model/000000"] = h5py.ExternalLink("/elsewhere.h5", "/")
+
+
+def looped(file):
+    file["model/model"] = file["model"]
+
+
+def flat(file):
+    del file["model"]
+    file["model"] = np.ones(3)
+
+
+def without_type(file):
+    del file["model/000000"].attrs["dtype"]
+
+
+def of_objects(file):
+    file["model/000000"].attrs["dtype"] = "object"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [huge, claimed, outside, linked, looped, flat, without_type, of_objects],
+    ids=lambda change: change.__name__,
+)
+def test_hostile_arrays_fall_back_to_the_one_before(tmp_path, change):
+    backup = saved(tmp_path, 1, 2)
+    with h5py.File(tmp_path / "epoch-000002" / "state.weights.h5", "r+") as file:
+        dataset = change(file)
+        if dataset is not None:
+            dataset.attrs["dtype"], dataset.attrs["shape"] = "float32", dataset.shape
+    sealed_again(tmp_path, 2)
+    loaded = backup.load(accept)
+    assert epoch_of(loaded) == 1
+    assert loaded[2][0].startswith("epoch-000002: ")

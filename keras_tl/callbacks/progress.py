@@ -11,6 +11,7 @@ import numpy as np
 
 from keras_tl.best_weights import BestWeights
 from keras_tl.callbacks.transition import Transition
+from keras_tl.configurations import shown
 from keras_tl.convergence import ConvergenceMonitor
 
 
@@ -26,6 +27,7 @@ class Progress:
         switch_reason: String or None. Why the next epoch begins with a switch.
         stop_reason: String or None. Why training was stopped.
         transitions: List of the switches made.
+        judge_state: Dictionary or None. What the judge of a snapshot has seen.
     """
 
     stage: int = 0
@@ -35,6 +37,7 @@ class Progress:
     switch_reason: str | None = None
     stop_reason: str | None = None
     transitions: list[Transition] = dataclasses.field(default_factory=list)
+    judge_state: dict[str, Any] | None = None
 
     def begin_stage(self, stage: int) -> None:
         """Goes to a stage, of which nothing has been seen yet."""
@@ -64,31 +67,96 @@ class Progress:
         best, arrays = self.best.get_state(variables)
         return {**state, "best": best}, arrays
 
-    def read(
-        self,
+    @classmethod
+    def from_data(
+        cls,
         state: Mapping[str, Any],
         arrays: Mapping[str, Sequence[np.ndarray]],
         variables: Sequence[keras.Variable],
-        judge: ConvergenceMonitor,
-        best: BestWeights,
-    ) -> None:
-        """Becomes what `to_data` returned.
+        *,
+        stages: int,
+        mode: str,
+    ) -> Progress:
+        """Returns what `to_data` wrote down, but for the judge, whose state is in `judge_state`.
 
         Args:
             state: The state.
             arrays: The arrays.
             variables: Those of the model.
-            judge: A new `ConvergenceMonitor` for the stage.
-            best: New `BestWeights`.
+            stages: Int. How many stages there are after stage 0.
+            mode: String. The mode of the `BestWeights`.
+
+        Raises:
+            ValueError: If it cannot be what `to_data` wrote for such a run.
         """
-        self.stage = state["stage"]
-        self.stage_epochs = state["stage_epochs"]
-        self.switch_reason = state["switch_reason"]
-        self.stop_reason = state["stop_reason"]
-        self.transitions = [Transition.from_dict(one) for one in state["transitions"]]
-        if state["judge"] is not None:
-            judge.set_state(state["judge"])
-            self.judge = judge
-        if state["best"] is not None:
-            best.set_state(state["best"], arrays, variables)
-            self.best = best
+        stage = read_count(state, "stage")
+        if stage > stages:
+            raise ValueError(f"it is in stage {stage}, and the run has {stages}.")
+        progress = cls(
+            stage=stage,
+            stage_epochs=read_count(state, "stage_epochs"),
+            switch_reason=read(state, "switch_reason", str, type(None)),
+            stop_reason=read(state, "stop_reason", str, type(None)),
+            transitions=[Transition.from_dict(one) for one in read(state, "transitions", list)],
+        )
+        judge = read(state, "judge", dict, type(None))
+        if judge is not None:
+            progress.judge_state = {
+                "best": read(judge, "best", float, type(None)),
+                "best_epoch": read(judge, "best_epoch", int, type(None)),
+                "wait": read_count(judge, "wait"),
+            }
+        best = read(state, "best", dict, type(None))
+        if best is not None:
+            _check_best(best, arrays, variables)
+            progress.best = BestWeights(mode)
+            progress.best.set_state(best, arrays, variables)
+        return progress
+
+
+def read(state: Mapping[str, Any], name: str, *kinds: type) -> Any:
+    """Returns a value of a snapshot.
+
+    Raises:
+        ValueError: If it is not there, or of none of these classes.
+    """
+    if name not in state:
+        raise ValueError(f"it has no {name!r}.")
+    value = state[name]
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise ValueError(f"its {name!r} is {shown(value)}.")
+    return value
+
+
+def read_count(state: Mapping[str, Any], name: str) -> int:
+    """Returns a whole number of at least 0. Raises a ValueError if it is none."""
+    count: int = read(state, name, int)
+    if count < 0:
+        raise ValueError(f"its {name!r} is {count}.")
+    return count
+
+
+def _check_best(
+    best: Mapping[str, Any],
+    arrays: Mapping[str, Sequence[np.ndarray]],
+    variables: Sequence[keras.Variable],
+) -> None:
+    read(best, "value", float, type(None))
+    read(best, "epoch", int, type(None))
+    read(best, "measured", float, type(None))
+    if read(best, "same", bool) and "stage" in best:
+        raise ValueError("its best weights of the stage are those of the run, and others.")
+    for name in ("run", "stage"):
+        if name in best:
+            kept = arrays.get(f"best_of_{name}", [])
+            positions = read(best, name, list)
+            known = [one for one in positions if type(one) is int and 0 <= one < len(variables)]
+            there = [_described(variables[one].shape, variables[one].dtype) for one in known]
+            if len(set(known)) != len(positions) or there != [
+                _described(value.shape, value.dtype.name) for value in kept
+            ]:
+                raise ValueError(f"its best weights of the {name} are not those of the model.")
+
+
+def _described(shape: Sequence[int], dtype: Any) -> tuple[Any, ...]:
+    return tuple(shape), keras.backend.standardize_dtype(dtype)

@@ -63,6 +63,12 @@ class RateWatch:
         rates = {group: _rate_set(one) for group, one in _optimizers_of(model).items()}
         self._set = {group: rate for group, rate in rates.items() if rate is not None}
 
+    def follow_schedules(self, model: keras.Model) -> None:
+        """Notes schedules that begin at another step than they did, after a resume."""
+        for group, optimizer in _optimizers_of(model).items():
+            if group in self._set and internals.schedule_of(optimizer) is not None:
+                self._set[group] = internals.schedule_of(optimizer)
+
     def observers(self) -> list[tuple[keras.callbacks.Callback, Observer, Observer]]:
         """Returns the observers to place around the callbacks that could set a rate."""
         return [(one, *_observers(one, self)) for one in self._suspects]

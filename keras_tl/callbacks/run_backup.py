@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import keras
 import numpy as np
 
 from keras_tl import internals
-from keras_tl.backup import Backup
+from keras_tl.backup import Backup, OtherRunError
+from keras_tl.callbacks.run_identity import difference
 from keras_tl.selecting import is_built
 
 
@@ -40,17 +43,15 @@ class RunBackup:
     Args:
         folder: Path of the folder.
         model: The model.
-        **settings: What must be the same for a snapshot to be of use, by name.
 
     Raises:
         ValueError: If nothing can be written there.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], model: keras.Model, **settings: Any):
+    def __init__(self, folder: str | os.PathLike[str], model: keras.Model):
         # No process goes on to load before the first has deleted what an earlier `fit` has left.
         self._backup = internals.in_all(lambda: Backup(folder, writes=internals.is_chief()))
         self._model = model
-        self._settings = settings
         self._failed = False
 
     @property
@@ -58,8 +59,25 @@ class RunBackup:
         """String. The folder."""
         return str(self._backup.folder)
 
-    def save(self, epoch: int, state: dict[str, Any], arrays: dict[str, list[np.ndarray]]) -> None:
-        """Makes a snapshot, or warns once that it cannot."""
+    def has_snapshots(self) -> bool:
+        """Whether there is anything to go on from."""
+        return bool(self._backup)
+
+    def save(
+        self,
+        epoch: int,
+        state: dict[str, Any],
+        arrays: dict[str, list[np.ndarray]],
+        identity: dict[str, Any],
+    ) -> None:
+        """Makes a snapshot, or warns once that it cannot.
+
+        Args:
+            epoch: Int. How many epochs are done.
+            state: Dictionary of what JSON can hold.
+            arrays: Dictionary from names to lists of arrays.
+            identity: What `identity_of` returned.
+        """
         arrays = {
             **arrays,
             "model": [internals.on_host(one) for one in self._model.variables],
@@ -67,7 +85,7 @@ class RunBackup:
         }
         if not internals.is_chief():
             return
-        content = {"settings": self._settings, "variables": self._variables(), "run": state}
+        content = {"identity": identity, "variables": self._variables(), "run": state}
         try:
             self._backup.save(epoch, content, arrays)
         except (OSError, RuntimeError) as error:
@@ -79,26 +97,74 @@ class RunBackup:
                 )
             self._failed = True
 
-    def load(self) -> RunSnapshot | None:
-        """Returns the newest snapshot that is of use, and warns of newer ones; None without any.
+    def resume(self, identity: dict[str, Any], apply: Callable[[RunSnapshot], None]) -> int:
+        """Goes on from the newest snapshot that is of use, and warns of newer ones.
+
+        Args:
+            identity: What `identity_of` returned.
+            apply: Function that has the model and the caller go on from a snapshot, or raises a
+                ValueError and leaves both as they were. Then the one before is tried.
+
+        Returns:
+            How many epochs are done: 0 without snapshots.
 
         Raises:
-            ValueError: If there are snapshots, and none is of use; and if another process sees
-                others.
+            ValueError: If there are snapshots, and none is of use; if they are of another run; and
+                if another process sees others.
         """
-        found = internals.in_all(lambda: self._backup.load(self._why_not))
-        self._check_all_see(0 if found is None else found[0]["epoch"])
-        if found is None:
-            return None
-        state, arrays, refused = found
-        for reason in refused:
-            warnings.warn(f"UnfreezeAtConvergence: a backup is not used: {reason}", stacklevel=2)
-        return RunSnapshot(state["epoch"], state["run"], arrays)
+        failed: list[tuple[int, ValueError]] = []
+        while True:
+            before = failed[-1][0] if failed else None
+            found = internals.in_all(functools.partial(self._load, identity, before))
+            self._check_all_see(0 if found is None else found[0]["epoch"])
+            if found is None:
+                if failed:
+                    raise failed[0][1]
+                return 0
+            state, arrays, refused = found
+            snapshot = RunSnapshot(state["epoch"], state["run"], arrays)
+            try:
+                apply(snapshot)
+            except ValueError as error:
+                failed.append((snapshot.epoch, error))
+                continue
+            reasons = [f"epoch-{epoch:06d}: {error}" for epoch, error in failed]
+            for reason in [*reasons, *refused]:
+                self._warn(f"a backup is not used: {reason}")
+            if "identity" not in state:
+                self._warn(
+                    "the backup was made by keras_tl 0.1, which did not note of which run it is. "
+                    "If the settings or the data are others now, delete the folder and start over."
+                )
+            return snapshot.epoch
 
     def delete(self) -> None:
-        """Removes the snapshots."""
+        """Removes the snapshots, or warns that it cannot: the run itself is done."""
         if internals.is_chief():
-            self._backup.delete()
+            try:
+                self._backup.delete()
+            except OSError as error:
+                self._warn(
+                    f"the backup in {self.folder!r} could not be deleted: {error}. Delete the "
+                    "folder, or the next run that is given it may go on from there."
+                )
+
+    def _load(self, identity: dict[str, Any], before: int | None) -> Any:
+        def why_not(state: dict[str, Any], arrays: dict[str, list[np.ndarray]]) -> str | None:
+            # Data and random numbers of other processes are their own; the first has written.
+            if "identity" in state and internals.is_chief():
+                differs = difference(state["identity"], identity)
+                if differs:
+                    raise OtherRunError(
+                        f"`backup_dir={self.folder!r}` cannot be used: {differs}To start over, "
+                        "delete the folder or pass another: each run needs one of its own."
+                    )
+            return self._why_not(state, arrays)
+
+        return self._backup.load(why_not, before=before)
+
+    def _warn(self, message: str) -> None:
+        warnings.warn(f"UnfreezeAtConvergence: {message}", stacklevel=3)
 
     def _check_all_see(self, epoch: int) -> None:
         """Raises a ValueError in all processes unless they would go on after the same epoch."""
@@ -118,7 +184,7 @@ class RunBackup:
             for one in self._model.variables
         ]
 
-    def _why_not(self, state: dict[str, Any]) -> str | None:
+    def _why_not(self, state: dict[str, Any], arrays: dict[str, list[np.ndarray]]) -> str | None:
         if not is_built(self._model):
             return (
                 f'the model "{self._model.name}" is not built, so nothing can be restored. Call it '
@@ -130,8 +196,7 @@ class RunBackup:
         for one, other in zip(here, there, strict=True):
             if one != other:
                 return f"it is of another model, with {other} where this one has {one}."
-        for name, value in self._settings.items():
-            other = state["settings"].get(name)
-            if other != value:
-                return f"it is of a run with {name}={other!r}, and not {value!r}."
-        return None
+        kept = [[list(value.shape), value.dtype.name] for value in arrays["model"]]
+        if kept != [one[1:] for one in here] or "optimizer" not in arrays:
+            return "its arrays are not those of the model."
+        return None if isinstance(state["run"], dict) else "it has no state of the run."

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from keras_tl.configurations import shown
 from keras_tl.messages import some
 
 
@@ -49,8 +50,20 @@ class Transition:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Transition:
-        """Returns the record that `dataclasses.asdict` and JSON have made a dictionary of."""
-        return cls(**{key: _with_tuples(value) for key, value in values.items()})
+        """Returns the record that `dataclasses.asdict` and JSON have made a dictionary of.
+
+        Raises:
+            ValueError: If it is no such dictionary.
+        """
+        try:
+            found = cls(**{key: _with_tuples(value) for key, value in values.items()})
+        except (AttributeError, TypeError):
+            raise ValueError("its 'transitions' are not switches.") from None
+        for field in dataclasses.fields(cls):
+            value = getattr(found, field.name)
+            if not _is(value, str(field.type)):
+                raise ValueError(f"its 'transitions' have the {field.name} {shown(value)}.")
+        return found
 
     def describe(self, what: str, why: str, then: str) -> str:
         """Returns a block of lines for the user.
@@ -73,8 +86,8 @@ class Transition:
             "learning rate": f"{rate} ({groups})" if groups else rate,
             "next": then,
         }
-        shown = [f"  {label:<15}{text}" for label, text in lines.items() if text]
-        return "\n".join([f"Epoch {self.epoch + 1}: UnfreezeAtConvergence {what}", *shown])
+        block = [f"  {label:<15}{text}" for label, text in lines.items() if text]
+        return "\n".join([f"Epoch {self.epoch + 1}: UnfreezeAtConvergence {what}", *block])
 
 
 def _with_tuples(value: Any) -> Any:
@@ -91,3 +104,20 @@ def _range(lowest: float, highest: float) -> str:
 def _layers(names: tuple[str, ...]) -> str:
     count = "1 layer" if len(names) == 1 else f"{len(names)} layers"
     return f"{count}: {some(names)}" if names else ""
+
+
+def _is(value: Any, annotation: str) -> bool:
+    """Whether a value is what the annotation of an attribute says."""
+    if annotation.endswith(" | None"):
+        return value is None or _is(value, annotation.removesuffix(" | None"))
+    if annotation in _SIMPLE:
+        return isinstance(value, _SIMPLE[annotation]) and not isinstance(value, bool)
+    if annotation == "tuple[str, ...]":
+        return isinstance(value, tuple) and all(isinstance(one, str) for one in value)
+    return isinstance(value, Mapping) and all(
+        isinstance(pair, tuple) and len(pair) == 2 and all(_is(one, "float") for one in pair)
+        for pair in value.values()
+    )
+
+
+_SIMPLE: dict[str, Any] = {"int": int, "float": (int, float), "str": str}

@@ -16,9 +16,10 @@ from keras_tl.best_weights import BestWeights
 from keras_tl.callbacks import early_stops, observers, tensorboard
 from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
 from keras_tl.callbacks.neighbours import check_neighbours
-from keras_tl.callbacks.progress import Progress
+from keras_tl.callbacks.progress import Progress, read
 from keras_tl.callbacks.rate_watch import RateWatch
-from keras_tl.callbacks.run_backup import RunBackup
+from keras_tl.callbacks.run_backup import RunBackup, RunSnapshot
+from keras_tl.callbacks.run_identity import identity_of
 from keras_tl.callbacks.transition import Transition
 from keras_tl.callbacks.wording import what_next, why_ended, why_still_frozen
 from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
@@ -218,7 +219,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.warmup_steps = warmup_steps
         self.fine_tune_patience = fine_tune_patience
         self.restore_best_weights = restore_best_weights
-        self.backup_dir = backup_dir
+        # Of a relative path, a `chdir` would make another folder.
+        self.backup_dir = None if backup_dir is None else os.path.abspath(backup_dir)
         self.delete_checkpoint = delete_checkpoint
         self.verbose = verbose
         self.best_epoch: int | None = None
@@ -293,8 +295,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if self.stage == 0:
             self._staged.check_renewable(self.warmup_steps)
         self._initial_epoch = internals.initial_epoch(self.model)
-        self._backup = self._make_backup()
-        if self._backup is not None:
+        self._backup = None
+        self._done_before = 0
+        if self.backup_dir is not None:
+            self._backup = RunBackup(self.backup_dir, self.model)
             self._resume(self._backup)
         if self._prepared and internals.initial_epoch(self.model) is self._initial_epoch:
             self._say_stage()
@@ -366,7 +370,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
                 f"{best.epoch + 1}: {self.monitor} {best.measured:.4g}."
             )
             self._progress.best = None
-        if self._backup is not None and self.delete_checkpoint:
+        if self._backup is not None and self.delete_checkpoint and not self._has_more_done():
             self._backup.delete()
 
     # Before the first step.
@@ -395,51 +399,101 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     # The backup.
 
-    def _make_backup(self) -> RunBackup | None:
-        if self.backup_dir is None:
-            return None
-        settings = {"monitor": self.monitor, "stages": len(self.stages)}
-        return RunBackup(self.backup_dir, self.model, **settings)
-
     def _save(self, backup: RunBackup, epoch: int) -> None:
         state, arrays = self._progress.to_data(self.model.variables)
         state["warm_up"] = None if self._warm_up is None else self._warm_up.get_state()
         state["schedule_starts"] = switching.schedule_starts(self.model)
-        backup.save(epoch, state, arrays)
+        backup.save(epoch, state, arrays, self._identity)
 
     def _resume(self, backup: RunBackup) -> None:
         """Goes on where the last snapshot was made, if there is one."""
-        snapshot = backup.load()
-        if snapshot is None:
+        self._identity = identity_of(
+            self,
+            self.stages,
+            self._staged.backbones,
+            exactly=self._scheduled,
+            stage=self.stage,
+            goes_on=backup.has_snapshots(),
+        )
+        self._done_before = backup.resume(self._identity, self._go_on_from)
+        if not self._done_before:
             return
-        state, variables = snapshot.state, self.model.variables
+        epochs = (self.params or {}).get("epochs", 0)
+        stopped = self._progress.stop_reason is not None
+        internals.set_initial_epoch(
+            self.model, max(self._done_before, epochs) if stopped else self._done_before
+        )
+        self._say(
+            f"UnfreezeAtConvergence goes on after epoch {self._done_before}, in stage "
+            f"{self.stage}, from {backup.folder!r}."
+        )
+        if self._has_more_done():
+            warnings.warn(
+                f"UnfreezeAtConvergence: the run in {backup.folder!r} has {self._done_before} "
+                f"epochs done, and `epochs={epochs}`, so nothing is trained. The model gets the "
+                "weights of that run, and its backup is kept. Pass more `epochs` to go on.",
+                stacklevel=2,
+            )
+
+    def _has_more_done(self) -> bool:
+        """Whether the run that was backed up is further than this `fit` is to go."""
+        return self._done_before > (self.params or {}).get("epochs", self._done_before)
+
+    def _go_on_from(self, snapshot: RunSnapshot) -> None:
+        """Becomes what a snapshot says, or raises a ValueError and changes nothing."""
+        variables = self.model.variables
+        progress = Progress.from_data(
+            snapshot.state,
+            snapshot.arrays,
+            variables,
+            stages=len(self.stages),
+            mode=self._monitored.mode,
+        )
+        stage = self.stage
         with switching.all_or_nothing(self.model, variables):
-            if self.stage > state["stage"]:
+            if stage > progress.stage:
                 self._staged.go_back()
-                self._begin_stage(0)
+                stage = 0
             switching.build_optimizer(self.model)
-            for number in range(self.stage + 1, state["stage"] + 1):
+            for number in range(stage + 1, progress.stage + 1):
                 self._staged.enter(number)
-                self._begin_stage(number)
                 self._rates.begin(self.model)
             switching.restore_training(
                 self.model, snapshot.arrays["model"], snapshot.arrays["optimizer"]
             )
-            switching.set_schedule_starts(self.model, state.get("schedule_starts", {}))
+            switching.set_schedule_starts(self.model, self._read_schedule_starts(snapshot.state))
+            warm_up = self._read_warm_up(snapshot.state)
+        judge = progress.judge_state
+        self._progress = progress
+        if judge is not None:
+            progress.judge = self._new_judge()
+            progress.judge.set_state(judge)
+        self._warm_up = warm_up
+        self._changeable = changeable_weights(self.model)
+        self._rates.follow_schedules(self.model)
         self._renewed_optimizer = self.model.optimizer
-        best = BestWeights(self._monitored.mode)
-        self._progress.read(state, snapshot.arrays, variables, self._new_judge(), best)
-        if state["warm_up"] is not None:
-            self._warm_up = WarmUp(self._staged.optimizers(), self.warmup_steps)
-            self._warm_up.set_state(state["warm_up"])
-        epoch = snapshot.epoch
-        if self._progress.stop_reason is not None:
-            epoch = max(epoch, (self.params or {}).get("epochs", 0))
-        internals.set_initial_epoch(self.model, epoch)
-        self._say(
-            f"UnfreezeAtConvergence goes on after epoch {snapshot.epoch}, in stage {self.stage}, "
-            f"from {backup.folder!r}."
-        )
+
+    def _read_schedule_starts(self, state: Mapping[str, Any]) -> dict[str, int]:
+        known = switching.schedule_starts(self.model)
+        if "schedule_starts" not in state:
+            return known  # A snapshot of version 0.1.
+        starts = read(state, "schedule_starts", dict)
+        if starts.keys() != known.keys():
+            raise ValueError("its 'schedule_starts' are of other parameter groups.")
+        return {group: read(starts, group, int) for group in starts}
+
+    def _read_warm_up(self, state: Mapping[str, Any]) -> WarmUp | None:
+        rates = read(state, "warm_up", dict, type(None))
+        if rates is None:
+            return None
+        optimizers = self._staged.optimizers()
+        known = {str(index) for index in range(len(optimizers) if self.warmup_steps else 0)}
+        for index in rates:
+            if index not in known or read(rates, index, float) <= 0:
+                raise ValueError("its 'warm_up' is not that of such a run.")
+        warm_up = WarmUp(optimizers, self.warmup_steps)
+        warm_up.set_state(rates)
+        return warm_up
 
     # At an epoch's end.
 

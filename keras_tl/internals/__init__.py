@@ -6,9 +6,15 @@ function says what it touches and why no public route serves, and `checked` with
 
 from keras_tl.internals.batches import (
     batches_of,
+    constants_in,
     predictions,
 )
-from keras_tl.internals.callback_list import callbacks_beside, running_list, summary_writer
+from keras_tl.internals.callback_list import (
+    callbacks_beside,
+    data_of_fit,
+    running_list,
+    summary_writer,
+)
 from keras_tl.internals.checked import UnsupportedKerasError
 from keras_tl.internals.graphs import (
     bottlenecks,
@@ -37,6 +43,7 @@ from keras_tl.internals.layers import (
 )
 from keras_tl.internals.models import (
     compile_arguments,
+    compile_call,
     compiled_state,
     flags_when_compiled,
     has_own_train_step,
@@ -68,8 +75,10 @@ from keras_tl.internals.processes import (
     is_chief,
     of_all,
     of_chief,
+    process_count,
 )
 from keras_tl.internals.randomness import (
+    global_seed,
     random_state,
 )
 from keras_tl.internals.values import (
@@ -95,16 +104,20 @@ __all__ = [
     "called_in_inference_mode",
     "clip_by_global_norm",
     "compile_arguments",
+    "compile_call",
     "compiled_reading",
     "compiled_state",
+    "constants_in",
     "continue_averages",
     "copy_optimizer_state",
     "copy_value",
     "copy_weight_decay_exclusions",
     "cut_after",
+    "data_of_fit",
     "device_of",
     "flags_when_compiled",
     "fused",
+    "global_seed",
     "graph_inputs",
     "graph_outputs",
     "has_own_train_step",
@@ -131,6 +144,7 @@ __all__ = [
     "own_state",
     "own_trainable_weights",
     "predictions",
+    "process_count",
     "random_state",
     "renew_functions",
     "replicas",

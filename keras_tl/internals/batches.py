@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -52,6 +53,27 @@ def _dataset_of(adapter: Any) -> Any:
     return tf.data.Dataset.from_generator(
         lambda: map(keras.tree.lists_to_tuples, adapter.get_numpy_iterator()), output_signature=spec
     ).prefetch(1)
+
+
+def constants_in(data: Any) -> list[Any] | None:
+    """Returns the tensors that a `tf.data.Dataset` was made from, None of other data.
+
+    Nothing is read from it: its steps are followed back to where they begin, such as
+    `from_tensor_slices`. TensorFlow has no public way to see them; what it does not show is left
+    out.
+    """
+    tensorflow = sys.modules.get("tensorflow")
+    if tensorflow is None or not isinstance(data, tensorflow.data.Dataset):
+        return None
+    found: list[Any] = []
+    steps, seen = [data], set()
+    while steps:
+        step = steps.pop()
+        if id(step) not in seen:
+            seen.add(id(step))
+            found += getattr(step, "_tensors", [])
+            steps += getattr(step, "_inputs", list)()
+    return [tensor for tensor in found if hasattr(tensor, "numpy")]
 
 
 def predictions(model: keras.Model, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:

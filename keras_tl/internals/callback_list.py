@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import types
 from typing import Any
 
 import keras
@@ -30,10 +31,32 @@ def running_list(callback: keras.callbacks.Callback) -> keras.callbacks.Callback
 
     Keras gives a callback no way to see the list it is in; it is found on the stack.
     """
+    frame = _list_frame(callback)
+    return None if frame is None else frame.f_locals["self"]
+
+
+def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """Returns what the running `fit` trains and validates with, by argument; nothing without one.
+
+    Keras tells a callback no more than the number of steps; `fit` itself is found on the stack. A
+    `fit` of one's own, without these arguments, has nothing to be seen.
+    """
+    frame = _list_frame(callback)
+    while frame is not None:
+        running = frame.f_locals
+        if running.get("self") is callback.model and "validation_data" in running:
+            names = ("x", "y", "sample_weight", "validation_data")
+            return {name: running[name] for name in names if running.get(name) is not None}
+        frame = frame.f_back
+    return {}
+
+
+def _list_frame(callback: keras.callbacks.Callback) -> types.FrameType | None:
+    """Returns the frame of the list that calls the callback."""
     frame = inspect.currentframe()
     while frame is not None:
         running = frame.f_locals.get("self")
         if isinstance(running, keras.callbacks.CallbackList) and callback in running.callbacks:
-            return running
+            return frame
         frame = frame.f_back
     return None

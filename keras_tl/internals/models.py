@@ -84,6 +84,12 @@ def compile_arguments(model: keras.Model) -> dict[str, Any]:
     return {**arguments, "optimizer": model.optimizer}
 
 
+@checked(SINCE_3_15)
+def compile_call(model: keras.Model) -> Any:
+    """Returns an object that each call of `compile` makes anew, and nothing else replaces."""
+    return model._compile_config
+
+
 def flags_when_compiled(model: keras.Model) -> dict[keras.Layer, bool]:
     """Returns the `trainable` flags that the layers had when the model was compiled."""
     return dict(getattr(model, "_compiled_trainable_state", {}))

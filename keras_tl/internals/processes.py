@@ -26,6 +26,15 @@ def is_chief() -> bool:
     return jax.process_index() == 0
 
 
+def process_count() -> int:
+    """Returns how many processes train one model."""
+    if not _is_shared():
+        return 1
+    import jax
+
+    return jax.process_count()
+
+
 def of_all(value: Any) -> np.ndarray:
     """Returns what each process calls this with, the chief's first. They wait for each other.
 

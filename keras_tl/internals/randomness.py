@@ -12,6 +12,11 @@ from keras_tl.internals.imported import global_state
 from keras_tl.internals.values import on_host
 
 
+def global_seed() -> int | None:
+    """Returns the seed given to `keras.utils.set_random_seed`, None where it was not called."""
+    return global_state.get_global_attribute("global_random_seed")
+
+
 def random_state() -> Callable[[], None]:
     """Returns a function that puts all global random generators back to where they are now.
 

@@ -1,0 +1,272 @@
+"""Which run a backup is of: what must be the same for another `fit` to go on with it."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_tl import freezing, internals
+from keras_tl.backbones import Backbones
+from keras_tl.configurations import differences, model_configuration, plain, shown
+from keras_tl.messages import some
+from keras_tl.selecting import is_built
+from keras_tl.sketches import alike, sketch
+from keras_tl.stages import Stage
+from keras_tl.version import __version__
+
+_COMPILED = ("loss", "loss_weights", "metrics", "weighted_metrics")
+# Which of a callback's arguments may change, and which `Stage` says.
+_FREE = {"self", "backbone", "backup_dir", "save_freq", "delete_checkpoint", "verbose"}
+_OF_STAGES = {"learning_rate", "layers", "train_batchnorm", "stages", "head_learning_rate"}
+_SHOWN = 5
+
+# What a run changes of what it began with, for the `fit` that goes on with the same model object.
+_begun: weakref.WeakKeyDictionary[keras.Model, tuple[Any, dict[str, Any]]]
+_begun = weakref.WeakKeyDictionary()
+
+
+def identity_of(
+    callback: keras.callbacks.Callback,
+    stages: Sequence[Stage],
+    backbones: Backbones,
+    *,
+    exactly: bool,
+    stage: int,
+    goes_on: bool,
+) -> dict[str, Any]:
+    """Returns what tells a run from others, as JSON can hold it.
+
+    It is the same when the script is started again in another process, with other random numbers
+    where it sets no seed: initial weights of a head are drawn at random and so do not count, but
+    what a backbone has learnt does. Data is known by `sketches`, where it can be seen without
+    reading from a pipeline: arrays, and the arrays or file names that a `tf.data.Dataset` is made
+    of. Nothing here depends on `epochs`, on how steps are run, or on other callbacks.
+
+    Args:
+        callback: The callback that is in a running `fit`.
+        stages: List of `Stage`.
+        backbones: The model's `Backbones`.
+        exactly: Bool. Whether a stage trains just its layers.
+        stage: Int. The stage that the model is in.
+        goes_on: Bool. Whether there are snapshots to go on from. The same model object may have
+            been trained since its run began.
+    """
+    model = callback.model
+    names = inspect.signature(type(callback).__init__).parameters.keys() - _FREE - _OF_STAGES
+    return {
+        "versions": [keras.__version__, __version__],
+        "backend": keras.backend.backend(),
+        "processes": internals.process_count(),
+        "seed": internals.global_seed(),
+        "model": model_configuration(model),
+        "compile": {key: plain(internals.compile_arguments(model).get(key)) for key in _COMPILED},
+        "callback": {
+            name: plain(getattr(callback, name)) for name in names if hasattr(callback, name)
+        },
+        "stages": [_described(one) for one in stages],
+        "data": _data(callback),
+        "begin": _begin(
+            model, goes_on, lambda: _state_at_begin(model, stages, backbones, exactly, stage)
+        ),
+    }
+
+
+def difference(was: Any, now: dict[str, Any]) -> str | None:
+    """Says in what the run of a backup differs from this one, and what to do about it.
+
+    Args:
+        was: What `identity_of` returned for the run of the backup.
+        now: What it returns for this one.
+
+    Returns:
+        A few sentences, or None if it is the same run.
+    """
+    found = list(_differences(was, now))
+    if not found:
+        return None
+    more = len(found) - _SHOWN
+    named = "; ".join(found[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
+    advice = "To go on with that run, start it as it was. "
+    if any(one.startswith("the data") for one in found):
+        advice += (
+            "Data that is drawn at random, as by a split, must be drawn with a seed, or it is "
+            "another run. "
+        )
+    return f"it is of another run. Different: {named}. {advice}"
+
+
+def _differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    if was["backend"] != now["backend"]:
+        yield (
+            f"the Keras backend (was {was['backend']}, is {now['backend']}; random numbers and "
+            "rounding would go on otherwise)"
+        )
+        return
+    if was["processes"] != now["processes"]:
+        yield f"the number of processes (was {was['processes']}, is {now['processes']})"
+    if None not in (was["seed"], now["seed"]) and was["seed"] != now["seed"]:
+        yield f"the seed of `keras.utils.set_random_seed` (was {was['seed']}, is {now['seed']})"
+    # Another version may have other settings.
+    complete = was["versions"] == now["versions"]
+    for key, where in (
+        ("callback", "UnfreezeAtConvergence"),
+        ("stages", "stages"),
+        ("compile", "compile"),
+        ("model", "the model"),
+    ):
+        yield from differences(was[key], now[key], complete=complete, where=where)
+    yield from _begin_differences(was["begin"], now["begin"], complete)
+    yield from _data_differences(was["data"], now["data"])
+
+
+# What the run changes.
+
+
+def _begin(
+    model: keras.Model, goes_on: bool, describe: Callable[[], dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns the state that the model's run has begun with."""
+    compiled = internals.compile_call(model)
+    known = _begun.get(model) if goes_on else None
+    if known is None:
+        state = describe()
+    else:
+        before, state = known
+        if before() is not compiled:
+            # Of an interrupted run in a notebook, compiled anew.
+            state = {**state, "optimizer": _optimizer(model)}
+    _begun[model] = (weakref.ref(compiled), state)
+    return state
+
+
+def _state_at_begin(
+    model: keras.Model,
+    stages: Sequence[Stage],
+    backbones: Backbones,
+    exactly: bool,
+    stage: int,
+) -> dict[str, Any]:
+    return {
+        "stage": stage,
+        "optimizer": _optimizer(model),
+        "trains": _trained_in_each(model, stages, backbones, exactly) if is_built(model) else None,
+        "backbone": _learnt(backbones) if is_built(model) else None,
+    }
+
+
+def _optimizer(model: keras.Model) -> Any:
+    return plain(internals.without_loss_scale(model.optimizer))
+
+
+def _begin_differences(was: dict[str, Any], now: dict[str, Any], complete: bool) -> Iterator[str]:
+    if was["stage"] != now["stage"]:
+        # A model that was loaded from a later stage: `fit` takes it back to that of the backup.
+        return
+    yield from differences(
+        was["optimizer"], now["optimizer"], complete=complete, where="compile.optimizer"
+    )
+    if None not in (was["trains"], now["trains"]):
+        for number, (one, other) in enumerate(zip(was["trains"], now["trains"], strict=False)):
+            before, after = dict(one), dict(other)
+            if before.keys() != after.keys():
+                gone = [before[index] for index in before.keys() - after.keys()]
+                new = [after[index] for index in after.keys() - before.keys()]
+                yield (
+                    f"the weights that train in stage {number} (not any more: "
+                    f"{some(sorted(gone)) or 'none'}; new: {some(sorted(new)) or 'none'})"
+                )
+    learnt = was["backbone"], now["backbone"]
+    if None not in learnt and not alike(*learnt):
+        yield "the weights with which the backbone began"
+
+
+def _trained_in_each(
+    model: keras.Model, stages: Sequence[Stage], backbones: Backbones, exactly: bool
+) -> list[list[list[Any]]]:
+    """Returns the weights that train in each stage, whatever selects them: positions and paths."""
+    position = {id(variable): index for index, variable in enumerate(model.variables)}
+
+    def trained() -> list[list[Any]]:
+        return [[position[id(one)], one.path] for one in model.trainable_variables]
+
+    found = [trained()]
+    with freezing.trainable_flags_kept(model):
+        for stage in stages:
+            if exactly:
+                backbones.freeze()
+            backbones.unfreeze(stage.layers, stage.train_batchnorm)
+            found.append(trained())
+    return found
+
+
+def _learnt(backbones: Backbones) -> dict[str, Any] | None:
+    """Returns a sketch of what frozen backbones have learnt, None if they are untrained.
+
+    Vectors (biases, the parameters and statistics of normalizations) begin with one constant; those
+    that do not have it any more were trained. Others may be drawn at random in each process, as
+    LoRA's are.
+    """
+    trained = {id(weight) for weight in backbones.trainable_weights}
+    weights = [one for layer in [*backbones.wrapped, *backbones.plain] for one in layer.weights]
+    learnt = []
+    for weight in weights:
+        if len(weight.shape) == 1 and id(weight) not in trained:
+            value = internals.on_host(weight).astype("float32")
+            if not (np.isin(value, (0.0, 1.0)).all() or (value == value[:1]).all()):
+                learnt.append(value)
+    return sketch(np.concatenate(learnt)[np.newaxis]) if learnt else None
+
+
+# Settings.
+
+
+def _described(stage: Stage) -> dict[str, Any]:
+    rates = ("learning_rate", "head_learning_rate")
+    settings = ("patience", "epochs", "train_batchnorm")
+    found = {name: plain(getattr(stage, name)) for name in settings}
+    for name in rates:
+        rate = getattr(stage, name)
+        # By layers, whose names may count up.
+        found[name] = list(rate.values()) if isinstance(rate, dict) else plain(rate)
+    return found
+
+
+# The data.
+
+
+def _data(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    steps = (callback.params or {}).get("steps")
+    data = internals.data_of_fit(callback)
+    return {"steps": steps, **{name: _sketches(one) for name, one in data.items()}}
+
+
+def _sketches(data: Any) -> list[dict[str, Any]] | None:
+    """Returns the sketches of arrays, or of those a pipeline is made of; None if none are seen."""
+    arrays = internals.constants_in(data)
+    if arrays is None:
+        arrays = [one for one in keras.tree.flatten(data) if hasattr(one, "__array__")]
+    return [sketch(array) for array in arrays if hasattr(array, "shape")] or None
+
+
+def _data_differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    for name in sorted(was.keys() & now.keys()):
+        one, other = was[name], now[name]
+        if one is None or other is None:
+            continue
+        if name == "steps":
+            if one != other:
+                yield f"the data's number of steps in an epoch (was {one}, is {other})"
+        elif len(one) != len(other):
+            yield f"the data's arrays in `{name}` (was {len(one)}, is {len(other)})"
+        else:
+            for before, after in zip(one, other, strict=True):
+                if before["shape"] != after["shape"]:
+                    what = f"was {shown(before['shape'])}, is {shown(after['shape'])}"
+                    yield f"the data's shape in `{name}` ({what})"
+                elif not alike(before, after):
+                    yield f"the data's samples in `{name}`, of shape {shown(after['shape'])}"
