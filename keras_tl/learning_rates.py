@@ -136,11 +136,13 @@ class LayerwiseLearningRates(Mapping[str, float]):
                 f"{no_such_layer(self.backbone, min(unknown), 'learning_rate')} Learning "
                 "rates go by whole names of layers; nested ones are `outer/inner`."
             )
-        roots = [backbone] if isinstance(backbone, keras.Layer) else backbone
-        self.weights = [weight for layer in roots for weight in layer.weights]
-        self._of_weight = {
+        self.weights = _weights_of(self.backbone)
+        self._of_weight = self._rates_of_weights()
+
+    def _rates_of_weights(self) -> dict[int, float]:
+        return {
             id(weight): self._rates[name]
-            for name, layer in named
+            for name, layer in named_layers(self.backbone)
             if name in self._rates
             for weight in layer.weights
         }
@@ -170,6 +172,22 @@ class LayerwiseLearningRates(Mapping[str, float]):
         narrower.weights = list(weights)
         return narrower
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerwiseLearningRates:
+        # They cannot change, and are for the weights of this backbone: of a copy they know none.
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        chosen = {id(weight) for weight in self.weights}
+        state = {**self.__dict__, "weights": [id(w) in chosen for w in _weights_of(self.backbone)]}
+        del state["_of_weight"]  # Which goes by identity, and is another one where it is loaded.
+        return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        weights = zip(_weights_of(self.backbone), state["weights"], strict=True)
+        self.weights = [weight for weight, is_chosen in weights if is_chosen]
+        self._of_weight = self._rates_of_weights()
+
     def __contains__(self, name: object) -> bool:
         return name in self._rates
 
@@ -184,3 +202,8 @@ class LayerwiseLearningRates(Mapping[str, float]):
 
     def __repr__(self) -> str:
         return repr(self._rates)
+
+
+def _weights_of(backbone: Backbone) -> list[keras.Variable]:
+    roots = [backbone] if isinstance(backbone, keras.Layer) else backbone
+    return [weight for layer in roots for weight in layer.weights]

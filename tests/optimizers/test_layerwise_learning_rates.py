@@ -1,5 +1,8 @@
 """Learning rates by layer: each variable trains as with an optimizer of its own."""
 
+import copy
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -180,3 +183,31 @@ def test_refuses_an_optimizer_with_a_schedule():
     rates = layerwise_learning_rates(stack(), 0.1, 0.5)
     with pytest.raises(ValueError, match="layer-wise learning rates would replace it"):
         GroupOptimizer({"all": keras.optimizers.SGD(schedule)}, assign={"all": rates})
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda one: one, FrozenBackbone, list], ids=["", "wrapper", "list"]
+)
+def test_a_deep_copy_is_for_the_same_weights(wrap):
+    # KerasTuner copies callbacks, and with them what they were given.
+    backbone = stack()
+    given = wrap(backbone.layers if wrap is list else backbone)
+    rates = layerwise_learning_rates(given, 0.1, 0.5)
+    for twin in (copy.copy(rates), copy.deepcopy({"rates": rates})["rates"]):
+        assert dict(twin) == dict(rates)
+        assert [id(w) for w in twin.weights] == [id(w) for w in backbone.weights]
+        assert [twin.of(w) for w in backbone.weights] == [rates.of(w) for w in backbone.weights]
+    narrower = copy.copy(rates.restricted_to(backbone.weights[2:4]))
+    assert [weight.path for weight in narrower.weights] == [w.path for w in backbone.weights[2:4]]
+
+
+def test_what_is_loaded_from_a_pickle_is_for_the_weights_loaded_with_it():
+    rates = layerwise_learning_rates(stack(), 0.1, 0.5)
+    rates = rates.restricted_to(rates.backbone.weights[2:4])
+    twin = pickle.loads(pickle.dumps(rates))
+    assert dict(twin) == dict(rates)
+    weights = rates.backbone.weights
+    assert [twin.of(w) for w in twin.backbone.weights] == [rates.of(w) for w in weights]
+    assert [id(w) for w in twin.weights] == [id(w) for w in twin.backbone.weights[2:4]]
+    with pytest.raises(ValueError, match="There is no learning rate for"):
+        twin.of(weights[0])
