@@ -104,6 +104,17 @@ def held_layers(backbone: Backbone, hand_frozen: HandFrozen) -> list[keras.Layer
     return [*hand_frozen.layers, *around_lora]
 
 
+def is_held(layer: keras.Layer, held: Iterable[keras.Layer]) -> bool:
+    """Whether all of a layer that could train was frozen by hand: then that was one decision."""
+    frozen = _ids(held)
+    parts = [
+        part
+        for part in flatten_layers(layer)
+        if internals.own_trainable_weights(part) and not is_batchnorm(part)
+    ]
+    return bool(parts) and all(id(part) in frozen for part in parts)
+
+
 def _training(backbone: Backbone) -> list[keras.Layer]:
     """The layers that are trainable, and are in none that is not."""
     training = []

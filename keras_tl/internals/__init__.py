@@ -24,6 +24,7 @@ from keras_tl.internals.graphs import (
     graph_inputs,
     graph_outputs,
     operation_of,
+    operations_in_graph,
     outputs_in_graph,
 )
 from keras_tl.internals.imported import clip_by_global_norm
@@ -137,6 +138,7 @@ __all__ = [
     "on_device",
     "on_host",
     "operation_of",
+    "operations_in_graph",
     "optimizer_config",
     "optimizer_weights",
     "outputs_in_graph",
