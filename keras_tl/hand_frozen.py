@@ -49,8 +49,8 @@ class HandFrozen:
             config: What `to_config` returned, or the positions of weights that version 0.1 wrote.
         """
         if not isinstance(config, Mapping):
-            weights = [weight for root in _roots(backbone) for weight in root.weights]
-            return cls(weights=[weights[index] for index in config if index < len(weights)])
+            every = [weight for root in _roots(backbone) for weight in root.weights]
+            return cls(weights=[every[index] for index in config if index < len(every)])
         layers, weights = layer_paths(backbone), weight_paths(backbone)
         return cls(
             layers=[layers[path] for path in config["layers"] if path in layers],

@@ -82,6 +82,7 @@ from keras_tl.internals.randomness import (
     global_seed,
     random_state,
 )
+from keras_tl.internals.saved_weights import read_without_wrapper
 from keras_tl.internals.values import (
     compiled_reading,
     copy_value,
@@ -148,6 +149,7 @@ __all__ = [
     "predictions",
     "process_count",
     "random_state",
+    "read_without_wrapper",
     "renew_functions",
     "replicas",
     "running_list",
