@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import keras
 
 from keras_tl import freezing, internals
-from keras_tl.hand_frozen import HandFrozen, hand_frozen_weights
+from keras_tl.hand_frozen import NOTHING, HandFrozen, hand_frozen_weights, held_layers
 from keras_tl.layers import FrozenBackbone
 from keras_tl.selecting import (
     Backbone,
@@ -55,6 +55,11 @@ class Backbones:
         """The backbones without wrappers: one layer or model, or a list."""
         layers = [wrapper.backbone for wrapper in self.wrapped] + self.plain
         return layers[0] if len(layers) == 1 else layers
+
+    @property
+    def members(self) -> list[keras.Layer]:
+        """List of the backbones, wrapped and plain."""
+        return [*self.wrapped, *self.plain]
 
     @property
     def trainable_weights(self) -> list[keras.Variable]:
@@ -169,6 +174,14 @@ def unwrapped(backbone: Backbone) -> Backbone:
     if isinstance(backbone, keras.Layer):
         return backbone.backbone if isinstance(backbone, FrozenBackbone) else backbone
     return [unwrapped(layer) for layer in backbone]
+
+
+def stay_frozen(backbone: Backbone) -> list[keras.Layer]:
+    """Returns the layers of a backbone that stay frozen where a selection does not name them."""
+    if not isinstance(backbone, keras.Layer):
+        return [layer for one in backbone for layer in stay_frozen(one)]
+    wrapped = isinstance(backbone, FrozenBackbone)
+    return held_layers(unwrapped(backbone), backbone.hand_frozen if wrapped else NOTHING)
 
 
 def changeable_weights(model: keras.Model) -> list[keras.Variable]:

@@ -3,36 +3,46 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import keras
 
 from keras_tl import internals
 from keras_tl.freezing import count_params
+from keras_tl.hand_frozen import is_held
 from keras_tl.selecting import (
     Backbone,
     describe,
     flatten_layers,
     is_batchnorm,
-    layer_units,
     named_layers,
 )
 
 # block3_conv1, conv4_block2_1_conv, block2a_expand_conv, stage_0_block_1_conv, encoder_layer_3.
+# In the plural, as timm has it, two numbers are of a stage and a block: blocks_0_1_conv.
 _NAMED = re.compile(
-    r".*(?:block|stage|layer|cell|expanded_conv)_?\d+[a-z]?(?=_|/|$)", re.IGNORECASE
+    r".*(?:(?:block|stage|layer|cell|expanded_conv)_?\d+[a-z]?"
+    r"|(?:blocks|stages|layers)_\d+(?:_\d+)?)(?=_|/|$)",
+    re.IGNORECASE,
 )
 
 
-def split_into_blocks(backbone: Backbone) -> dict[str, list[str]]:
+def split_into_blocks(
+    backbone: Backbone, left_out: Iterable[keras.Layer] = ()
+) -> dict[str, list[str]]:
     """Returns the blocks of a backbone, as lists of the names of their layers with weights.
 
     Blocks are read from names such as `block3_conv1` or `conv4_block2_1_conv`; layers in between
     belong to the block before them. If there are no such names, a block begins where all goes
     through one layer of a Functional model, or else at each layer; normalization layers belong to
-    the block before them.
+    the block before them. A layer that holds many of one kind, such as the encoder of a vision
+    transformer, is opened.
 
     Args:
         backbone: A layer, a model, or a list of layers, that is built.
+        left_out: Layers that are in no block.
 
     Returns:
         Dictionary from a block's name to the names of its layers, both from input to output. Layers
@@ -47,7 +57,7 @@ def split_into_blocks(backbone: Backbone) -> dict[str, list[str]]:
     >>> list(split_into_blocks(backbone))[:3]
     ['conv1_conv', 'conv2_block1', 'conv2_block2']
     """
-    named = _units_with_weights(backbone)
+    named = _units_with_weights(backbone, left_out)
     if not any(_trains(layer) for layer in named.values()):
         raise ValueError(
             f"The backbone {describe(backbone)} has no weights to train, or is not built: call it "
@@ -63,6 +73,9 @@ def split_into_blocks(backbone: Backbone) -> dict[str, list[str]]:
             block = begins[name] or name
         blocks.setdefault(block, []).append(name)
         trains[block] = trains.get(block, False) or _trains(layer)
+    if not trains[block] and len(blocks) > 1:
+        last = blocks.pop(block)
+        blocks[next(reversed(blocks))] += last
     return blocks
 
 
@@ -73,26 +86,60 @@ def _names_of_blocks(named: dict[str, keras.Layer]) -> dict[str, str]:
 
 
 def _cuts(backbone: Backbone, named: dict[str, keras.Layer]) -> dict[str, str]:
-    """The layers with weights that begin a block: after a layer that everything goes through."""
+    """The layers with weights that begin a block: after what everything goes through."""
     names = {id(layer): name for name, layer in named.items()}
-    roots = [backbone] if isinstance(backbone, keras.Layer) else backbone
-    cuts = {id(layer) for root in roots for layer in _passed_by_all(root)}
+    cuts = {id(one) for root in _roots(backbone) for one in _passed_by_all(root)}
     begins = {}
     passed = True
-    for layer in layer_units(backbone):
-        if id(layer) in names:
-            name = names[id(layer)]
-            begins[name] = name if passed and _trains(layer) else ""
+    for one in _in_order(backbone):
+        if id(one) in names:
+            name = names[id(one)]
+            begins[name] = name if passed and _trains(one) else ""
             passed = passed and not begins[name]
-        passed = passed or id(layer) in cuts
+        passed = passed or id(one) in cuts
     return begins
 
 
-def _passed_by_all(layer: keras.Layer) -> list[keras.Layer]:
-    graph = internals.bottlenecks(layer) if isinstance(layer, keras.Model) else None
+def _passed_by_all(operation: Any) -> list[Any]:
+    """The units, and the operations that are no layers, through which everything goes."""
+    is_model = isinstance(operation, keras.Model)
+    graph = internals.bottlenecks(operation) if is_model else None
     if graph is None:
-        return layer_units(layer)
-    return [unit for one in graph for unit in (_passed_by_all(one) if one is not layer else [])]
+        return _in_order(operation)
+    return [one for inner in graph for one in _passed_by_all(inner)]
+
+
+def _in_order(backbone: Backbone | Any) -> list[Any]:
+    """The units of a backbone, and the operations between them that are no layers (`x + y`)."""
+    if isinstance(backbone, Sequence):
+        return [one for root in backbone for one in _in_order(root)]
+    if isinstance(backbone, keras.Model):
+        return [one for inner in _operations(backbone) for one in _in_order(inner)]
+    if isinstance(backbone, keras.Layer) and _is_stack(backbone):
+        return [one for inner in internals.sublayers(backbone) for one in _in_order(inner)]
+    return [backbone]
+
+
+def _operations(model: keras.Model) -> list[Any]:
+    operations = internals.operations_in_graph(model)
+    return internals.sublayers(model) if operations is None else operations
+
+
+def _is_stack(layer: keras.Layer) -> bool:
+    """Whether most of a layer is several layers of one class that are made of layers themselves.
+
+    An encoder is; attention (of plain layers), `Bidirectional` (of one cell each) and a transformer
+    block (of two attentions and as many weights besides) are not.
+    """
+    alike: dict[type, list[keras.Layer]] = {}
+    for sublayer in internals.sublayers(layer):
+        if sum(bool(part.weights) for part in internals.sublayers(sublayer)) > 1:
+            alike.setdefault(type(sublayer), []).append(sublayer)
+    share = 2 / 3 * count_params(layer.weights)
+    return any(
+        len(some) > 1 and sum(count_params(one.weights) for one in some) > share
+        for some in alike.values()
+    )
 
 
 def has_named_blocks(backbone: Backbone) -> bool:
@@ -101,12 +148,15 @@ def has_named_blocks(backbone: Backbone) -> bool:
     return len({match[0] for match in matches if match}) > 1
 
 
-def split_by_depth(backbone: Backbone, n: int) -> list[list[str]]:
+def split_by_depth(
+    backbone: Backbone, n: int, left_out: Iterable[keras.Layer] = ()
+) -> list[list[str]]:
     """Returns the names of a backbone's layers in n parts, made of whole blocks.
 
     Args:
         backbone: A layer, a model, or a list of layers, that is built.
         n: Int, at least 1. How many parts.
+        left_out: Layers that are in no part.
 
     Returns:
         List of n lists of names, the part nearest the output first. The parts have about as many
@@ -115,12 +165,15 @@ def split_by_depth(backbone: Backbone, n: int) -> list[list[str]]:
     Raises:
         ValueError: If the backbone has fewer than n blocks.
     """
-    blocks = list(split_into_blocks(backbone).values())[::-1]
+    blocks = list(split_into_blocks(backbone, left_out).values())[::-1]
     if not 1 <= n <= len(blocks):
         raise ValueError(
             f"`n={n}` parts: the backbone {describe(backbone)} has {len(blocks)} blocks. Pass an "
-            f"int from 1 to {len(blocks)}."
+            f"int from 1 to {len(blocks)}, or stages that name layers: "
+            "`[Stage(['c', 'd'], 1e-4), Stage('all', 1e-5)]`."
         )
+    if n > 1:
+        warn_of_one_block(backbone, "Pass stages that name layers")
     sizes = [1.0] * len(blocks)
     if not has_named_blocks(backbone):
         layers = _units_with_weights(backbone)
@@ -145,23 +198,60 @@ def split_by_depth(backbone: Backbone, n: int) -> list[list[str]]:
     return parts
 
 
-def _units_with_weights(backbone: Backbone) -> dict[str, keras.Layer]:
+def _units_with_weights(
+    backbone: Backbone, left_out: Iterable[keras.Layer] = ()
+) -> dict[str, keras.Layer]:
     """The layers as a user counts them that have weights, by name, from input to output."""
-    units = {id(layer) for layer in layer_units(backbone)}
+    units = {id(one) for one in _in_order(_top(backbone))}
     found: dict[int, tuple[str, keras.Layer]] = {}
     for name, layer in named_layers(backbone):
-        if id(layer) in units and layer.weights:
+        if id(layer) in units and layer.weights and not is_held(layer, left_out):
             found.setdefault(id(layer), (name, layer))
     return dict(found.values())
 
 
+def warn_of_one_block(backbone: Backbone, instead: str) -> None:
+    """Warns if nearly all of a backbone of several layers is one block.
+
+    Args:
+        backbone: A layer, a model, or a list of layers, that is built.
+        instead: String. What to do, as the start of a sentence that ends in "by themselves".
+    """
+    named = dict(named_layers(backbone))
+    sizes = {
+        block: sum(_trains_itself(part) for part in flatten_layers([named[one] for one in names]))
+        for block, names in split_into_blocks(backbone).items()
+    }
+    largest, layers = max(sizes, key=sizes.__getitem__), sum(sizes.values())
+    alone = len(sizes) == 1 and layers > 2
+    if alone or (layers > 20 and sizes[largest] > 0.9 * layers):
+        warnings.warn(
+            f"{sizes[largest]} of the {layers} layers of the backbone {describe(backbone)} that "
+            f"train are one block, {largest!r}: neither their names nor their structure tell where "
+            f"others begin. {instead} by themselves.",
+            stacklevel=4,
+        )
+
+
+def _roots(backbone: Backbone) -> Sequence[keras.Layer]:
+    return [backbone] if isinstance(backbone, keras.Layer) else backbone
+
+
+def _top(backbone: Backbone) -> Sequence[keras.Layer]:
+    """The layers that blocks are made of: those in a backbone, however it is made."""
+    if isinstance(backbone, keras.Layer) and internals.sublayers(backbone):
+        return internals.sublayers(backbone)
+    return _roots(backbone)
+
+
 def _trains(layer: keras.Layer) -> bool:
     """Whether there is more to train in it than the scale of a normalization."""
-    return any(
-        internals.own_trainable_weights(part)
-        for part in flatten_layers(layer)
-        if not isinstance(part, _NORMALIZATIONS) and not is_batchnorm(part)
-    )
+    return any(_trains_itself(part) for part in flatten_layers(layer))
+
+
+def _trains_itself(layer: keras.Layer) -> bool:
+    normalizes = isinstance(layer, _NORMALIZATIONS) or is_batchnorm(layer)
+    return bool(internals.own_trainable_weights(layer)) and not normalizes
 
 
 _NORMALIZATIONS = (

@@ -15,7 +15,7 @@ from typing import Any
 import keras
 
 from keras_tl import internals
-from keras_tl.hand_frozen import NOTHING, HandFrozen, frozen_around_lora, held_layers
+from keras_tl.hand_frozen import NOTHING, HandFrozen, frozen_around_lora, held_layers, is_held
 from keras_tl.paths import layer_paths, weight_paths
 from keras_tl.selecting import (
     ALLOWED,
@@ -298,9 +298,7 @@ def _members(
     stay = {id(layer) for layer in held}
     if not _is_catch_all(layers, members, members_of(backbone)):
         named = selected if _is_names(layers) else _outermost(selected)
-        stay -= {
-            id(layer) for one in named if _all_held(one, stay) for layer in flatten_layers(one)
-        }
+        stay -= {id(layer) for one in named if is_held(one, held) for layer in flatten_layers(one)}
     return [layer for layer in members if id(layer) not in stay]
 
 
@@ -326,15 +324,6 @@ def _outermost(selected: list[keras.Layer]) -> list[keras.Layer]:
         id(inner) for layer in selected for inner in flatten_layers(layer) if inner is not layer
     }
     return [layer for layer in selected if id(layer) not in brought]
-
-
-def _all_held(layer: keras.Layer, held: set[int]) -> bool:
-    """Whether all of a layer that could train was frozen by hand: then that was one decision."""
-    return all(
-        id(one) in held
-        for one in flatten_layers(layer)
-        if internals.own_trainable_weights(one) and not is_batchnorm(one)
-    )
 
 
 def _trainable_in(

@@ -49,8 +49,8 @@ class HandFrozen:
             config: What `to_config` returned, or the positions of weights that version 0.1 wrote.
         """
         if not isinstance(config, Mapping):
-            weights = [weight for root in _roots(backbone) for weight in root.weights]
-            return cls(weights=[weights[index] for index in config if index < len(weights)])
+            every = [weight for root in _roots(backbone) for weight in root.weights]
+            return cls(weights=[every[index] for index in config if index < len(every)])
         layers, weights = layer_paths(backbone), weight_paths(backbone)
         return cls(
             layers=[layers[path] for path in config["layers"] if path in layers],
@@ -102,6 +102,17 @@ def held_layers(backbone: Backbone, hand_frozen: HandFrozen) -> list[keras.Layer
     """Returns the layers that stay frozen where a selection does not name them."""
     around_lora = [] if hand_frozen.knows_lora else frozen_around_lora(backbone)
     return [*hand_frozen.layers, *around_lora]
+
+
+def is_held(layer: keras.Layer, held: Iterable[keras.Layer]) -> bool:
+    """Whether all of a layer that could train was frozen by hand: then that was one decision."""
+    frozen = _ids(held)
+    parts = [
+        part
+        for part in flatten_layers(layer)
+        if internals.own_trainable_weights(part) and not is_batchnorm(part)
+    ]
+    return bool(parts) and all(id(part) in frozen for part in parts)
 
 
 def _training(backbone: Backbone) -> list[keras.Layer]:

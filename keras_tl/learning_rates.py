@@ -10,8 +10,9 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
+from keras_tl import internals
 from keras_tl.backbones import unwrapped
-from keras_tl.blocks import split_into_blocks
+from keras_tl.blocks import split_into_blocks, warn_of_one_block
 from keras_tl.selecting import Backbone, describe, named_layers, no_such_layer
 
 LearningRate: TypeAlias = (
@@ -99,10 +100,23 @@ def layerwise_learning_rates(
     if isinstance(decay, (bool, str)) or not 0 < decay <= 1:
         raise ValueError(f"`decay` must be above 0 and at most 1. Received: decay={decay!r}.")
     backbone = unwrapped(backbone)
+    if decay < 1:
+        warn_of_one_block(backbone, "Pass a dictionary of learning rates that names layers")
     blocks = list(split_into_blocks(backbone).values())[::-1]
     rates = {name: rate * decay**depth for depth, block in enumerate(blocks) for name in block}
+    rates |= _of_containers(backbone, rates)
     names = [name for name, _ in named_layers(backbone)]
     return LayerwiseLearningRates(backbone, {name: rates[name] for name in names if name in rates})
+
+
+def _of_containers(backbone: Backbone, rates: Mapping[str, float]) -> dict[str, float]:
+    """Rates for weights of layers whose parts have rates: the lowest, as what comes first has."""
+    found = {}
+    for name, layer in named_layers(backbone):
+        parts = [rate for part, rate in rates.items() if part.startswith(f"{name}/")]
+        if parts and name not in rates and internals.own_trainable_weights(layer):
+            found[name] = min(parts)
+    return found
 
 
 class LayerwiseLearningRates(Mapping[str, float]):
@@ -163,8 +177,21 @@ class LayerwiseLearningRates(Mapping[str, float]):
         except KeyError:
             raise ValueError(
                 f"There is no learning rate for {variable.path!r}. Name its layer in the learning "
-                f"rates of the backbone {describe(self.backbone)}, or do not train it."
+                f"rates of the backbone {describe(self.backbone)}, or do not train it. Rates are "
+                "of one backbone: if this one was made anew, make them anew for it."
             ) from None
+
+    def for_backbone(self, backbone: Backbone) -> LayerwiseLearningRates:
+        """Returns the same learning rates by name for another backbone, such as a later fold's.
+
+        Raises:
+            ValueError: If that has no layer of one of the names.
+        """
+        return LayerwiseLearningRates(backbone, self._rates)
+
+    def is_for(self, weights: Sequence[keras.Variable]) -> bool:
+        """Whether the learning rates are for any of these weights."""
+        return any(id(weight) in self._of_weight for weight in weights)
 
     def restricted_to(self, weights: Sequence[keras.Variable]) -> LayerwiseLearningRates:
         """Returns the same learning rates, meant for some of the backbone's weights only."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import keras
 
@@ -85,12 +85,12 @@ def layer_units(backbone: Backbone) -> list[keras.Layer]:
 def check_selection(layers: Selection, argument: str = "layers") -> None:
     """Raises a ValueError unless `layers` is of a kind that can select layers."""
     # A layer can be called too, but it is no function from a layer to a bool.
-    given = list(layers) if isinstance(layers, (list, tuple)) else [layers]
+    given: list[Any] = list(layers) if isinstance(layers, (list, tuple)) else [layers]
     if given and all(isinstance(one, keras.Layer) for one in given):
-        names = [layer.name for layer in given]
+        received = [layer.name for layer in given]
         raise ValueError(
             f"`{argument}` goes by names, and not by the layers themselves. Received the layers "
-            f"{names}: pass `{argument}={names}`; nested layers are named `outer/inner`. {ALLOWED}"
+            f"{received}: pass `{argument}={received}`; nested layers are named `outer/inner`. {ALLOWED}"
         )
     kinds = (str, int, re.Pattern)
     names = isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)

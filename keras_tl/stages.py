@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tl.backbones import unwrapped
+from keras_tl.backbones import stay_frozen, unwrapped
 from keras_tl.blocks import split_by_depth
 from keras_tl.convergence import check_count
 from keras_tl.learning_rates import (
@@ -112,7 +112,8 @@ class Stage:
 
         The backbone is split into n parts at the boundaries of blocks, which are read from layers'
         names such as `block3_conv1` or `conv4_block2_1_conv`; without such names at layers through
-        which everything goes, evenly by parameter count. Each stage adds a part.
+        which everything goes, evenly by parameter count. Each stage adds a part. Layers that were
+        frozen by hand before they were wrapped, or around LoRA, are in none.
 
         Args:
             backbone: A built layer, model (a `FrozenBackbone` too) or list of layers.
@@ -139,7 +140,7 @@ class Stage:
         check_count("n", n, at_least=1)
         layers: list[str] = []
         stages = []
-        for depth, part in enumerate(split_by_depth(unwrapped(backbone), n)):
+        for depth, part in enumerate(split_by_depth(unwrapped(backbone), n, stay_frozen(backbone))):
             layers = part + layers
             selection = list(layers) if depth < n - 1 else "all"
             stages.append(cls(selection, rate * decay**depth, **arguments))

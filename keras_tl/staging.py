@@ -233,6 +233,8 @@ class StagedModel:
         return stage.learning_rate
 
     def _layerwise(self, rates: Mapping[str, float]) -> LayerwiseLearningRates:
-        if isinstance(rates, LayerwiseLearningRates):
-            return rates
-        return LayerwiseLearningRates(self.backbones.layers, rates)
+        if not isinstance(rates, LayerwiseLearningRates):
+            return LayerwiseLearningRates(self.backbones.layers, rates)
+        # A callback may be used again with a model made anew, whose layers have the same names.
+        own = [weight for layer in self.backbones.members for weight in layer.weights]
+        return rates if rates.is_for(own) else rates.for_backbone(self.backbones.layers)

@@ -3,7 +3,7 @@
 import keras
 import pytest
 
-from keras_tl import FrozenBackbone, Stage, internals
+from keras_tl import FrozenBackbone, Stage, internals, layerwise_learning_rates
 from keras_tl.blocks import split_by_depth, split_into_blocks
 from tests import models
 
@@ -57,6 +57,124 @@ def test_naming_schemes(names, blocks):
         }[len(names)]
     )
     assert list(found) == expected
+
+
+@pytest.mark.parametrize(
+    ("names", "blocks"),
+    [
+        (["conv_stem", "blocks_0_0_conv_dw", "blocks_0_1_conv_dw", "blocks_1_0_conv"], 4),
+        (["blocks_0_attn_qkv", "blocks_0_mlp", "blocks_1_attn_qkv", "blocks_1_mlp"], 2),
+        (["stages_0_blocks_0_a", "stages_0_blocks_0_b", "stages_1_blocks_0_a"], 2),
+        (["layers_0_dense", "layers_10_dense"], 2),
+    ],
+)
+def test_naming_schemes_in_the_plural(names, blocks):
+    backbone = keras.Sequential([keras.Input((4,)), *[LAYERS.Dense(4, name=n) for n in names]])
+    assert len(split_into_blocks(backbone)) == blocks
+
+
+def test_operations_that_are_no_layers_end_a_block():
+    inputs = keras.Input((3, 4))
+    x = LAYERS.Dense(4)(inputs)[:, 0]
+    for _ in range(2):
+        x = x + LAYERS.Dense(4)(keras.ops.tanh(LAYERS.Dense(4)(x)))
+    backbone = keras.Model(inputs, LAYERS.Dense(2)(x))
+    assert [len(block) for block in split_into_blocks(backbone).values()] == [1, 2, 2, 1]
+
+
+def test_what_no_weights_have_gone_into_may_pass_by_a_block():
+    tokens = keras.Input((5,), dtype="int32")
+    mask = keras.ops.cast(keras.ops.not_equal(tokens, 0), "float32")[..., None]
+    x = LAYERS.Embedding(7, 4)(tokens)
+    for _ in range(3):
+        x = LAYERS.Dense(4)(x) * mask
+    assert len(split_into_blocks(keras.Model(tokens, x))) == 4
+
+
+class Block(keras.layers.Layer):
+    """A block of an encoder: attention and a Dense."""
+
+    def build(self, input_shape):
+        self.attention = LAYERS.MultiHeadAttention(1, 2)
+        self.attention.build(input_shape, input_shape)
+        self.dense = LAYERS.Dense(4)
+        self.dense.build(input_shape)
+
+    def call(self, x):
+        return self.dense(self.attention(x, x))
+
+
+class Encoder(keras.layers.Layer):
+    """Blocks that are one layer of the graph, with a weight of their own."""
+
+    def build(self, input_shape):
+        self.position = self.add_weight(shape=input_shape[1:], name="position")
+        self.parts = [Block(name=f"part{one}") for one in "abc"]
+        for part in self.parts:
+            part.build(input_shape)
+        self.norm = LAYERS.LayerNormalization(name="norm")
+        self.norm.build(input_shape)
+
+    def call(self, x):
+        x = x + self.position
+        for part in self.parts:
+            x = part(x)
+        return self.norm(x)
+
+
+def transformer():
+    inputs = keras.Input((5, 4))
+    x = LAYERS.Dense(4, name="patches")(inputs)
+    return keras.Model(inputs, Encoder(name="encoder")(x), name="vit")
+
+
+def test_layer_that_holds_many_blocks_is_opened():
+    backbone = transformer()
+    assert split_into_blocks(backbone) == {
+        "patches": ["patches"],
+        "encoder/parta": ["encoder/parta"],
+        "encoder/partb": ["encoder/partb"],
+        "encoder/partc": ["encoder/partc", "encoder/norm"],
+    }
+    rates = layerwise_learning_rates(backbone, 1.0, decay=0.5)
+    assert [rates.of(w) for w in backbone.get_layer("encoder").parts[1].weights] == [0.5] * 10
+    assert rates.of(backbone.get_layer("encoder").position) == 0.25
+    assert Stage.by_depth(backbone, 2, 1e-4)[0].layers == [
+        *("encoder/partb", "encoder/partc", "encoder/norm"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [LAYERS.MultiHeadAttention(2, 3), LAYERS.Bidirectional(LAYERS.LSTM(3)), Block()],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layer_that_is_one_block_is_not_opened(layer):
+    inputs = keras.Input((5, 4))
+    attends = isinstance(layer, LAYERS.MultiHeadAttention)
+    outputs = layer(inputs, inputs) if attends else layer(inputs)
+    backbone = keras.Model(inputs, LAYERS.Dense(2, name="last")(outputs))
+    assert [len(block) for block in split_into_blocks(backbone).values()] == [1, 1]
+
+
+def test_many_layers_in_one_block_do_not_pass_in_silence():
+    inputs = keras.Input((4,))
+    backbone = keras.Model(inputs, LAYERS.add([LAYERS.Dense(4)(inputs) for _ in range(3)]))
+    assert len(split_into_blocks(backbone)) == 1
+    with pytest.warns(UserWarning, match="3 of the 3 layers.*one block.*a dictionary of learning"):
+        layerwise_learning_rates(backbone, 1e-4, decay=0.5)
+    layerwise_learning_rates(backbone, 1e-4, decay=1.0)  # Wants one rate, and says nothing.
+    with pytest.raises(ValueError, match="has 1 blocks.*or stages that name layers"):
+        Stage.by_depth(backbone, 2, 1e-4)
+
+
+def test_stages_by_depth_leave_out_what_was_frozen_by_hand():
+    base = residual(NAMED)
+    for name in ("stem", "block2_a", "block2_b"):
+        base.get_layer(name).trainable = False
+    wrapper = FrozenBackbone(base)
+    with pytest.raises(ValueError, match="has 1 blocks"):
+        Stage.by_depth(wrapper, 2, 1e-4)
 
 
 def test_without_names_a_block_ends_where_everything_goes_through_one_layer():

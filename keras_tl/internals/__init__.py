@@ -24,6 +24,7 @@ from keras_tl.internals.graphs import (
     graph_inputs,
     graph_outputs,
     operation_of,
+    operations_in_graph,
     outputs_in_graph,
 )
 from keras_tl.internals.imported import clip_by_global_norm
@@ -81,6 +82,7 @@ from keras_tl.internals.randomness import (
     global_seed,
     random_state,
 )
+from keras_tl.internals.saved_weights import read_without_wrapper
 from keras_tl.internals.values import (
     compiled_reading,
     copy_value,
@@ -137,6 +139,7 @@ __all__ = [
     "on_device",
     "on_host",
     "operation_of",
+    "operations_in_graph",
     "optimizer_config",
     "optimizer_weights",
     "outputs_in_graph",
@@ -146,6 +149,7 @@ __all__ = [
     "predictions",
     "process_count",
     "random_state",
+    "read_without_wrapper",
     "renew_functions",
     "replicas",
     "running_list",

@@ -51,24 +51,51 @@ def called_in_inference_mode(layer: keras.Layer) -> list[keras.Layer]:
 
 
 @checked(SINCE_3_15)
-def bottlenecks(layer: keras.Layer) -> list[keras.Layer] | None:
-    """Returns the layers of a model's graph through whose output alone everything passes.
+def operations_in_graph(model: keras.Model) -> list[Any] | None:
+    """Returns the layers of a model's graph, and what else it calls, from input to output.
 
-    None if the layer is no Functional or Sequential model, and so has no graph.
+    None if the model is no Functional or Sequential model, and so has no graph.
+    """
+    graph = _graph_of(model)
+    return None if graph is None else list(graph._operations)
+
+
+@checked(SINCE_3_15)
+def bottlenecks(layer: keras.Layer) -> list[Any] | None:
+    """Returns the operations of a model's graph through whose output alone everything passes.
+
+    Not only layers: `x[:, 0]` and `x + y` are none. What no weights have gone into, such as a mask
+    that each block reads, may pass by. None if the layer is no Functional or Sequential model, and
+    so has no graph.
     """
     depths = _nodes_of(layer)
     if not depths:
         return None
+    weighted = _after_weights(depths)
     depth_of = {id(node): depth for depth, nodes in depths.items() for node in nodes}
     spanned: set[int] = set()
     for depth, nodes in depths.items():
         for parent in (parent for node in nodes for parent in node.parent_nodes):
-            spanned.update(range(depth + 1, depth_of.get(id(parent), depth)))
-    return [
-        nodes[0].operation
+            if id(parent) in weighted:
+                spanned.update(range(depth + 1, depth_of.get(id(parent), depth)))
+    alone = {
+        depth: [node.operation for node in nodes if id(node) in weighted]
         for depth, nodes in depths.items()
-        if len(nodes) == 1 and depth not in spanned
-    ]
+        if depth not in spanned
+    }
+    return [operations[0] for operations in alone.values() if len(operations) == 1]
+
+
+@checked(SINCE_3_15)
+def _after_weights(depths: dict[int, list[Any]]) -> set[int]:
+    """The calls whose outputs weights have gone into, by their ids."""
+    weighted: set[int] = set()
+    for depth in sorted(depths, reverse=True):
+        for node in depths[depth]:
+            parents = any(id(parent) in weighted for parent in node.parent_nodes)
+            if parents or getattr(node.operation, "weights", None):
+                weighted.add(id(node))
+    return weighted
 
 
 @checked(SINCE_3_15)

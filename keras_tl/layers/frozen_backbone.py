@@ -239,6 +239,12 @@ class FrozenBackbone(keras.layers.Layer):
             internals.set_layer_flag(layer, saved.trainable_flags is not None)
         return layer
 
+    def load_own_variables(self, store: Any) -> None:
+        """Loads nothing, for there is nothing besides the backbone's weights."""
+        # A file of the same model without the wrapper may have the backbone's own weights here.
+        if not internals.read_without_wrapper(store, self.backbone, "backbone"):
+            super().load_own_variables(store)
+
     def _to_save(self) -> _Saved:
         flags = None
         if self.trainable_weights:

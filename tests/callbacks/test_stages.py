@@ -685,3 +685,25 @@ def test_what_a_stage_freezes_stays_bit_for_bit(ends, selections, head, train_ba
     assert not any(changed)
     assert callback.stage == len(stages)
     assert as_bytes(models.statistics(wrapper)) == statistics
+
+
+def test_layerwise_rates_go_by_name_to_a_backbone_made_anew():
+    _, first = build()
+    rates = layerwise_learning_rates(first, 0.1, decay=0.5)
+    callback = UnfreezeAtConvergence(rates, max_frozen_epochs=1, verbose=0)
+    model, second = build()
+
+    fit(model, callback, epochs=2)
+
+    weights = second.trainable_weights
+    found = dict(zip([w.path for w in weights], model.optimizer.rates(weights), strict=True))
+    assert {round(rate, 4) for rate in found.values()} == {0.1, 0.05, 0.025}
+    assert callback.stages[0].learning_rate is rates
+
+
+def test_layerwise_rates_of_a_backbone_with_other_layers():
+    other = FrozenBackbone(models.functional(["dense", "dense"]))
+    callback = UnfreezeAtConvergence(layerwise_learning_rates(other, 0.1, decay=0.5))
+    model, _ = build()
+    with pytest.raises(ValueError, match="matches no layer of the backbone"):
+        fit(model, callback, epochs=1)

@@ -125,3 +125,74 @@ def test_configuration_is_not_changed_by_using_it():
     before = copy.deepcopy(config)
     FrozenBackbone.from_config(config)
     assert config == before
+
+
+class Plain(keras.Model):
+    """Holds its backbone, and a layer of the backbone's class, as attributes."""
+
+    def __init__(self, backbone, wrap):
+        super().__init__()
+        self.features = FrozenBackbone(backbone) if wrap else backbone
+        self.top = models.functional(["dense"])
+
+    def call(self, x):
+        return self.top(self.features(x))
+
+
+def between_siblings(wrap, name):
+    """A model whose backbone stands between two models of its class."""
+    backbone = models.functional(["dense", "batchnorm", "nested"])
+    if name is not None:
+        backbone.name = name
+    inputs = keras.Input((4,))
+    x = models.functional(["dense"])(inputs)
+    x = FrozenBackbone(backbone)(x) if wrap else backbone(x)
+    return keras.Model(inputs, models.functional(["dense"])(models.make_layer("dense")(x)))
+
+
+def alone(wrap, name):
+    backbone = models.functional(["dense", "batchnorm"])
+    return models.functional_outer(FrozenBackbone(backbone) if wrap else backbone)
+
+
+def two_backbones(wrap, name):
+    first, second = (models.functional(["dense"]) for _ in range(2))
+    first.name, second.name = "first", "second"
+    inputs = keras.Input((4,))
+    x = inputs
+    for backbone in (first, second):
+        x = FrozenBackbone(backbone)(x) if wrap else backbone(x)
+        x = models.functional(["dense", "layernorm"])(x)
+    return keras.Model(inputs, x)
+
+
+def held_as_attribute(wrap, name):
+    model = Plain(models.functional(["dense", "batchnorm"]), wrap)
+    model(regression_data()[0])
+    return model
+
+
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (alone, None),
+        (between_siblings, "base"),
+        (two_backbones, None),
+        (held_as_attribute, None),
+    ],
+)
+def test_loads_weights_that_were_saved_without_the_wrapper(make, name, tmp_path):
+    plain, wrapped = make(False, name), make(True, name)
+    for weight in plain.weights:
+        weight.assign(keras.random.uniform(weight.shape, seed=len(weight.path)))
+    plain.save_weights(tmp_path / "plain.weights.h5")
+
+    wrapped.load_weights(tmp_path / "plain.weights.h5")
+
+    assert values_of(wrapped) == values_of(plain)
+
+
+def test_does_not_guess_which_of_several_the_backbone_is(tmp_path):
+    between_siblings(False, None).save_weights(tmp_path / "plain.weights.h5")
+    with pytest.raises(ValueError, match="could not be loaded"):
+        between_siblings(True, None).load_weights(tmp_path / "plain.weights.h5")
