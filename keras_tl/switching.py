@@ -172,7 +172,7 @@ def renew_training(
         keeps_groups = isinstance(old, GroupOptimizer) and learning_rate is None and not optimizer
         if keeps_groups:
             groups = {name: renew_optimizer(one) for name, one in old.groups.items()}
-            new = _continued(old, groups, old.assign, variables)
+            new = _going_on(old.renewed(groups), old, variables)
         else:
             new = _fresh(optimizer, old, learning_rate)
             if head_learning_rate is not None:
@@ -285,28 +285,24 @@ def _joined(
     }
     assign: dict[str, Assignment] = {name: _same_as(one, known) for name, one in before.items()}
     if isinstance(learning_rate, LayerwiseLearningRates):
-        new = [variable for variable in variables if id(variable) not in known]
-        assign[group] = learning_rate.restricted_to(new)
-    joined = _continued(old, {**groups, group: joining}, assign, variables)
-    if "head" in before:
-        begin_schedule(joined.groups["head"])
-    return joined
-
-
-def _continued(
-    old: keras.Optimizer,
-    groups: Mapping[str, keras.Optimizer],
-    assign: Mapping[str, Assignment],
-    variables: Sequence[keras.Variable],
-) -> GroupOptimizer:
-    """Returns built groups that go on where `old` is."""
-    clipnorm = old.global_clipnorm if isinstance(old, GroupOptimizer) else None
+        unknown = [variable for variable in variables if id(variable) not in known]
+        assign[group] = learning_rate.restricted_to(unknown)
     new = GroupOptimizer(
-        groups,
+        {**groups, group: joining},
         assign=assign,
-        global_clipnorm=clipnorm,
+        global_clipnorm=old.global_clipnorm if isinstance(old, GroupOptimizer) else None,
         loss_scale_factor=old.loss_scale_factor,
     )
+    _going_on(new, old, variables)
+    if "head" in before:
+        begin_schedule(new.groups["head"])
+    return new
+
+
+def _going_on(
+    new: GroupOptimizer, old: keras.Optimizer, variables: Sequence[keras.Variable]
+) -> GroupOptimizer:
+    """Builds new groups such that they go on where `old` is."""
     before = _groups_of(old)
     new.build_from(variables, old if isinstance(old, GroupOptimizer) else before)
     for name, one in before.items():

@@ -32,8 +32,8 @@ class RateWatch:
     A lower rate is fine: `ReduceLROnPlateau`, decays and warm-ups make it. A schedule that the
     switch has set is held against its own value at the optimizer's step.
 
-    Who raises a rate is seen by observers around each callback that could: those that are not Keras'
-    own, and those of Keras that do what a user says. They look at each epoch's hook, and at the
+    Who raises a rate is seen by observers around each callback that could: those that are not of
+    Keras, and those of Keras that do what a user says. They look at each epoch's hook, and at the
     hooks of the steps 1, 2, 4, 8 and so on of an epoch, for reading a rate waits for the device. If
     a rate was raised between these, they look at every step until one changes it again. What they
     miss is seen at an epoch's end.

@@ -21,7 +21,7 @@ def summary_writer(tensorboard: keras.callbacks.TensorBoard) -> Any:
 
 
 def callbacks_beside(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callback]:
-    """Returns the callbacks of the running `fit`, in their order, or `[callback]` where none runs."""
+    """Returns the callbacks of the running `fit`, in order, or `[callback]` where none runs."""
     running = running_list(callback)
     return [callback] if running is None else list(running.callbacks)
 

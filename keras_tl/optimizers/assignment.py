@@ -16,7 +16,7 @@ Assignment: TypeAlias = (
     | re.Pattern
     | LayerwiseLearningRates
     | Callable[[keras.Variable], bool]
-    | Sequence["keras.Layer | str | re.Pattern"]
+    | Sequence["keras.Layer | str | re.Pattern | Callable[[keras.Variable], bool]"]
 )
 
 
@@ -34,15 +34,96 @@ def membership(assignment: Assignment) -> Callable[[keras.Variable], bool]:
     return lambda variable: any(part(variable) for part in parts)
 
 
-def patterns(assignment: Assignment) -> list[str]:
-    """Returns regular expressions for what is meant; none for a function."""
+class SavedFunction:
+    """A function that a file names and that is not there: it cannot say what is in a group.
+
+    Args:
+        name: String. The function's name.
+    """
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __call__(self, variable: keras.Variable) -> bool:
+        raise ValueError(
+            f"The file of this GroupOptimizer says that the function {self.name!r} assigns "
+            f"variables to a group, and not whether it assigns {variable.path!r}. Define it under "
+            "`@keras.saving.register_keras_serializable()` before loading, pass it as "
+            "`custom_objects`, or compile the model anew."
+        )
+
+
+def to_config(group: str, assignment: Assignment, *, settled: bool) -> list[Any]:
+    """Returns what is meant as a file can hold it.
+
+    Args:
+        group: String. The name of the group.
+        assignment: What is in it.
+        settled: Bool. Whether the file holds besides in which group the variables are. Then what is
+            not known of others is found out where it is needed.
+
+    Returns:
+        A list of regular expressions, and of dictionaries that name functions.
+
+    Raises:
+        ValueError: If it would be forgotten.
+    """
     if isinstance(assignment, (keras.Layer, LayerwiseLearningRates)):
+        if isinstance(assignment, keras.Layer) and not (assignment.built or settled):
+            raise _unsavable(
+                group, f"the layer {assignment.name!r}, which is not built", "Build the model first"
+            )
         return [re.escape(weight.path) for weight in assignment.weights]
     if isinstance(assignment, (str, re.Pattern)):
-        return [assignment if isinstance(assignment, str) else assignment.pattern]
-    if callable(assignment):
-        return []
-    return [pattern for part in assignment for pattern in patterns(part)]
+        return [assignment if isinstance(assignment, str) else _with_flags(assignment)]
+    if not callable(assignment):
+        return [one for part in assignment for one in to_config(group, part, settled=settled)]
+    if isinstance(assignment, SavedFunction):
+        name, kept = assignment.name, settled
+    else:
+        name = keras.saving.get_registered_name(assignment)
+        kept = settled or keras.saving.get_registered_object(name) is assignment
+    if not kept:
+        raise _unsavable(
+            group,
+            f"the function {name!r}",
+            "Register it with `@keras.saving.register_keras_serializable()`, assign a layer or a "
+            "regular expression on variable paths",
+        )
+    return [{"function": name}]
+
+
+def from_config(saved: Any, custom_objects: Mapping[str, Any] | None = None) -> Assignment:
+    """Returns the assignment that `to_config` wrote down."""
+    if not isinstance(saved, list):
+        return saved
+
+    def function(name: str) -> Any:
+        return keras.saving.get_registered_object(name, custom_objects) or SavedFunction(name)
+
+    return [function(one["function"]) if isinstance(one, Mapping) else one for one in saved]
+
+
+def _unsavable(group: str, what: str, do: str) -> ValueError:
+    return ValueError(
+        f"A GroupOptimizer that is not built cannot be saved: its group {group!r} is assigned by "
+        f"{what}, which no file can hold, and its variables would be in another group after "
+        f"loading. {do}, or call `optimizer.build(model.trainable_variables)` before saving."
+    )
+
+
+def _with_flags(pattern: re.Pattern) -> str:
+    """Returns a pattern's text, with the flags that it was compiled with in it."""
+    letters = "".join(letter for letter, flag in _FLAGS.items() if pattern.flags & flag)
+    text = f"(?{letters}:{pattern.pattern})" if letters else pattern.pattern
+    try:
+        re.compile(text)
+    except re.error:
+        return pattern.pattern  # It begins with the flags itself.
+    return text
+
+
+_FLAGS = {"i": re.IGNORECASE, "m": re.MULTILINE, "s": re.DOTALL, "x": re.VERBOSE}
 
 
 def check_assign(groups: Mapping[str, Any], assign: Mapping[str, Any]) -> None:

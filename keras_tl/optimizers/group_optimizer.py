@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -10,7 +12,13 @@ import keras
 
 from keras_tl import internals
 from keras_tl.learning_rates import LayerwiseLearningRates
-from keras_tl.optimizers.assignment import Assignment, check_assign, membership, patterns
+from keras_tl.optimizers.assignment import (
+    Assignment,
+    check_assign,
+    from_config,
+    membership,
+    to_config,
+)
 
 
 @keras.saving.register_keras_serializable(package="keras_tl")
@@ -88,9 +96,10 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         self._names: dict[Any, str] = {}
         self._scales: dict[Any, float] = {}
         self._kept: dict[Any, tuple[str, float]] = {}
-        # By position, in a file's configuration.
-        self._assigned: list[str] | None = None
-        self._scaled: list[float] | None = None
+        # The path, group and scale of each variable that it was built with, maybe before saving.
+        self._members: list[tuple[str | None, str, float]] = []
+        # The same by path, of an optimizer from a file.
+        self._recorded: dict[str, tuple[str, float]] | None = None
         self._ratios = {group: 1.0 for group in groups}
         self.global_clipnorm = _check_clipnorm(global_clipnorm, groups)
         self._note_ratios()
@@ -163,9 +172,13 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         variables = list(variables)
         keys = [self._var_key(variable) for variable in variables]
         scales = self._resolve_scales(variables)
-        self._assigned = self.resolve(variables)
-        self._names = dict(zip(keys, self._assigned, strict=True))
+        groups = self.resolve(variables)
+        self._names = dict(zip(keys, groups, strict=True))
         self._scales = dict(zip(keys, scales, strict=True))
+        paths = [variable.path for variable in variables]
+        self._members = list(zip(paths, groups, scales, strict=True))
+        if self._recorded is not None:
+            self._recorded |= _by_path(self._members)
         super().build(variables)
         for group, optimizer in self._groups.items():
             if any(self._scale_of(v) != 1.0 for v in variables if self.group_of(v) == group):
@@ -238,9 +251,13 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
                 group: keras.saving.serialize_keras_object(optimizer)
                 for group, optimizer in self._groups.items()
             },
-            "assign": {group: patterns(assignment) for group, assignment in self._assign.items()},
-            "assigned": self._assigned,
-            "scales": list(self._scales.values()) or self._scaled,
+            "assign": {
+                group: to_config(group, assignment, settled=bool(self._members))
+                for group, assignment in self._assign.items()
+            },
+            "paths": [path for path, _, _ in self._members],
+            "assigned": [group for _, group, _ in self._members],
+            "scales": [scale for _, _, scale in self._members],
             "global_clipnorm": self.global_clipnorm,
             "loss_scale_factor": self.loss_scale_factor,
             "name": self.name,
@@ -251,13 +268,20 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> GroupOptimizer:
         config = dict(config)
-        assigned, scales = config.pop("assigned", None), config.pop("scales", None)
+        assigned = config.pop("assigned", None) or []
+        paths = config.pop("paths", None) or [None] * len(assigned)
+        scales = config.pop("scales", None) or [1.0] * len(assigned)
+        assign = {
+            group: from_config(saved, custom_objects)
+            for group, saved in (config.pop("assign", None) or {}).items()
+        }
         groups = {
             group: keras.saving.deserialize_keras_object(optimizer, custom_objects=custom_objects)
             for group, optimizer in config.pop("groups").items()
         }
-        optimizer = cls(groups, **config)
-        optimizer._assigned, optimizer._scaled = assigned, scales
+        optimizer = cls(groups, assign=assign, **config)
+        optimizer._members = list(zip(paths, assigned, scales, strict=True))
+        optimizer._recorded = _by_path(optimizer._members)
         return optimizer
 
     def renewed(self, groups: Mapping[str, keras.Optimizer]) -> GroupOptimizer:
@@ -269,13 +293,24 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         Returns:
             A `GroupOptimizer`, not built.
         """
-        return type(self)(
+        new = GroupOptimizer(
             groups,
             assign=self._assign,
             global_clipnorm=self.global_clipnorm,
             loss_scale_factor=self.loss_scale_factor,
             name=self.name,
         )
+        if self._recorded is not None:
+            # Of a file, which may know more of its variables than `assign` does.
+            new._recorded, new._members = dict(self._recorded), list(self._members)
+        return new
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GroupOptimizer:
+        """Keeps functions and layers in `assign`, which no file holds: Keras copies by a file."""
+        if self.built:
+            function, arguments = self.__reduce__()
+            return function(*arguments)
+        return self.renewed({name: copy.deepcopy(one, memo) for name, one in self._groups.items()})
 
     # Which variable is in which group.
 
@@ -294,13 +329,14 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         Raises:
             ValueError: If a variable is in no group or in two.
         """
-        if self._assigned is not None and len(self._assigned) == len(variables):
-            # From a file: by position, as a loaded model's variables may have other paths.
-            return self._assigned
+        known = self._known(variables)
         rest = [group for group in self._groups if group not in self._assign]
         belongs = {group: membership(given) for group, given in self._assign.items()}
         names, wrong = [], []
-        for variable in variables:
+        for variable, recorded in zip(variables, known, strict=True):
+            if recorded is not None:
+                names.append(recorded[0])
+                continue
             inside = [group for group, member in belongs.items() if member(variable)] or rest
             if len(inside) != 1:
                 wrong.append(f"{variable.path} is in {_listed(inside)}")
@@ -315,10 +351,21 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
 
     def _resolve_scales(self, variables: Sequence[keras.Variable]) -> list[float]:
         """Returns the multiple of its group's learning rate at which each variable learns."""
-        if self._scaled is not None and len(self._scaled) == len(variables):
-            return self._scaled
-        groups = self.resolve(variables)
-        return [self._resolve_scale(v, group) for v, group in zip(variables, groups, strict=True)]
+        groups, known = self.resolve(variables), self._known(variables)
+        return [
+            self._resolve_scale(variable, group) if recorded is None else recorded[1]
+            for variable, group, recorded in zip(variables, groups, known, strict=True)
+        ]
+
+    def _known(self, variables: Sequence[keras.Variable]) -> list[tuple[str, float] | None]:
+        """Returns the group and scale that a file records of each variable, if it does."""
+        if self._recorded is None:
+            return [None] * len(variables)
+        known = [self._recorded.get(variable.path) for variable in variables]
+        if any(known) or not _renamed(self._members, variables):
+            return known
+        # Layers that are made anew have other numbers in their names, all in the same order.
+        return [(group, scale) for _, group, scale in self._members]
 
     def _resolve_scale(self, variable: keras.Variable, group: str) -> float:
         group_before, scale = self._kept.get(self._var_key(variable), (None, 1.0))
@@ -347,6 +394,26 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
 
 
 _SHOWN = 5
+
+
+def _by_path(members: Sequence[tuple[str | None, str, float]]) -> dict[str, tuple[str, float]]:
+    """Returns groups and scales by path, without paths that several variables share."""
+    count = Counter(path for path, _, _ in members)
+    return {
+        path: (group, scale)
+        for path, group, scale in members
+        if path is not None and count[path] == 1
+    }
+
+
+def _renamed(
+    members: Sequence[tuple[str | None, str, float]], variables: Sequence[keras.Variable]
+) -> bool:
+    """Whether variables can be those of a file, in order, under other paths."""
+    if len(members) != len(variables):
+        return False
+    pairs = zip(members, variables, strict=True)
+    return all(path is None or path.split("/")[-1] == one.name for (path, _, _), one in pairs)
 
 
 def _set_learning_rate(

@@ -8,11 +8,9 @@ import keras
 
 from keras_tl import internals
 
-_Schedule = keras.optimizers.schedules.LearningRateSchedule
-
 
 @keras.saving.register_keras_serializable(package="keras_tl")
-class ShiftedSchedule(_Schedule):
+class ShiftedSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """A schedule that is at its step 0 when its optimizer has made `first_step` steps.
 
     An optimizer that goes on with its state counts on, so a schedule that is new to it would begin
@@ -31,7 +29,7 @@ class ShiftedSchedule(_Schedule):
     [1.0, 1.0, 0.5]
     """
 
-    def __init__(self, schedule: _Schedule, first_step: int):
+    def __init__(self, schedule: keras.optimizers.schedules.LearningRateSchedule, first_step: int):
         super().__init__()
         self.schedule = schedule
         self.first_step = int(first_step)
