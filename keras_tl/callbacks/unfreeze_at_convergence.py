@@ -107,7 +107,18 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             after it was interrupted or killed, goes on from there with the next epoch. Weights and
             random seeds of the model are restored bit for bit; data that is shuffled at random
             starts over. `BackupAndRestore` is not needed. Of several processes that train together,
-            all must see the folder; the first writes. Defaults to `None`: no backup.
+            all must see the folder; the first writes. A relative path is taken from the folder that
+            is current when the callback is made. Defaults to `None`: no backup.
+
+            A backup knows its run, and another run does not go on from it: that is an error that
+            says what differs. Compared are the model's configuration; optimizer, loss and metrics;
+            the settings of this callback and which weights train in each stage; what a frozen
+            backbone has learnt; the seed of `keras.utils.set_random_seed`, if both have set one;
+            the number of steps in an epoch, and of arrays (also those, and the file names, that a
+            `tf.data.Dataset` is made from) the shapes and the samples in any order; the backend and
+            the number of processes. Not compared are initial weights that are drawn at random,
+            names that Keras counts up, `epochs`, `backbone`, `delete_checkpoint`, `verbose`, other
+            callbacks, and data that only reading shows, such as a generator's.
         save_freq: `"epoch"`, the only one of `BackupAndRestore`'s settings from which a run can go
             on exactly. Defaults to `"epoch"`.
         delete_checkpoint: Bool. Whether the backup is deleted when training has ended. Defaults to
