@@ -21,7 +21,7 @@ def summary_writer(tensorboard: keras.callbacks.TensorBoard) -> Any:
 
 
 def callbacks_beside(callback: keras.callbacks.Callback) -> list[keras.callbacks.Callback]:
-    """Returns the callbacks of the running `fit`, in their order, or `[callback]` where none runs."""
+    """Returns the callbacks of the running `fit`, in their order; `[callback]` where none runs."""
     running = running_list(callback)
     return [callback] if running is None else list(running.callbacks)
 
@@ -45,7 +45,7 @@ def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
     while frame is not None:
         running = frame.f_locals
         if running.get("self") is callback.model and "validation_data" in running:
-            names = ("x", "y", "sample_weight", "validation_data")
+            names = ("x", "y", "sample_weight", "validation_data", "class_weight")
             return {name: running[name] for name in names if running.get(name) is not None}
         frame = frame.f_back
     return {}
