@@ -81,7 +81,7 @@ def _projections(rows: np.ndarray) -> np.ndarray:
     if flat.dtype.kind in "OSU":
         flat = np.vectorize(_number_of, otypes=[np.float32])(flat)
     with np.errstate(all="ignore"):
-        found = flat.astype(np.float32) @ _weights(flat.shape[1])
+        found = flat.astype(np.float32, copy=False) @ _weights(flat.shape[1])
     return np.nan_to_num(found.astype(np.float64), nan=0.0, posinf=0.0, neginf=0.0)
 
 

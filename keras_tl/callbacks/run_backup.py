@@ -60,8 +60,8 @@ class RunBackup:
         return str(self._backup.folder)
 
     def has_snapshots(self) -> bool:
-        """Whether there is anything to go on from."""
-        return bool(self._backup)
+        """Whether there is anything to go on from, as the first process sees it."""
+        return bool(internals.of_chief(bool(self._backup)))
 
     def save(
         self,

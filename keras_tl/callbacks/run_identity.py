@@ -242,7 +242,8 @@ def _described(stage: Stage) -> dict[str, Any]:
 def _data(callback: keras.callbacks.Callback) -> dict[str, Any]:
     steps = (callback.params or {}).get("steps")
     data = internals.data_of_fit(callback)
-    return {"steps": steps, **{name: _sketches(one) for name, one in data.items()}}
+    known = {"steps": steps, "class_weight": plain(data.pop("class_weight", None))}
+    return {**known, **{name: _sketches(one) for name, one in data.items()}}
 
 
 def _sketches(data: Any) -> list[dict[str, Any]] | None:
@@ -254,7 +255,9 @@ def _sketches(data: Any) -> list[dict[str, Any]] | None:
 
 
 def _data_differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    for name in sorted(was.keys() & now.keys()):
+    where = "the data's class_weight"
+    yield from differences(was["class_weight"], now["class_weight"], where=where)
+    for name in sorted((was.keys() & now.keys()) - {"class_weight"}):
         one, other = was[name], now[name]
         if one is None or other is None:
             continue

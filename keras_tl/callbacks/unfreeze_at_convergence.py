@@ -16,7 +16,7 @@ from keras_tl.best_weights import BestWeights
 from keras_tl.callbacks import early_stops, observers, tensorboard
 from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
 from keras_tl.callbacks.neighbours import check_neighbours
-from keras_tl.callbacks.progress import Progress, read
+from keras_tl.callbacks.progress import Progress, read, read_count
 from keras_tl.callbacks.rate_watch import RateWatch
 from keras_tl.callbacks.run_backup import RunBackup, RunSnapshot
 from keras_tl.callbacks.run_identity import identity_of
@@ -107,7 +107,18 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             after it was interrupted or killed, goes on from there with the next epoch. Weights and
             random seeds of the model are restored bit for bit; data that is shuffled at random
             starts over. `BackupAndRestore` is not needed. Of several processes that train together,
-            all must see the folder; the first writes. Defaults to `None`: no backup.
+            all must see the folder; the first writes. A relative path is taken from the folder that
+            is current when the callback is made. Defaults to `None`: no backup.
+
+            A backup knows its run, and another run does not go on from it: that is an error that
+            says what differs. Compared are the model's configuration; optimizer, loss and metrics;
+            the settings of this callback and which weights train in each stage; what a frozen
+            backbone has learnt; the seed of `keras.utils.set_random_seed`, if both have set one;
+            the number of steps in an epoch, and of arrays (also those, and the file names, that a
+            `tf.data.Dataset` is made from) the shapes and the samples in any order; the backend and
+            the number of processes. Not compared are initial weights that are drawn at random,
+            names that Keras counts up, `epochs`, `backbone`, `delete_checkpoint`, `verbose`, other
+            callbacks, and data that only reading shows, such as a generator's.
         save_freq: `"epoch"`, the only one of `BackupAndRestore`'s settings from which a run can go
             on exactly. Defaults to `"epoch"`.
         delete_checkpoint: Bool. Whether the backup is deleted when training has ended. Defaults to
@@ -480,7 +491,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         starts = read(state, "schedule_starts", dict)
         if starts.keys() != known.keys():
             raise ValueError("its 'schedule_starts' are of other parameter groups.")
-        return {group: read(starts, group, int) for group in starts}
+        return {group: read_count(starts, group) for group in starts}
 
     def _read_warm_up(self, state: Mapping[str, Any]) -> WarmUp | None:
         rates = read(state, "warm_up", dict, type(None))

@@ -45,7 +45,7 @@ def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
     while frame is not None:
         running = frame.f_locals
         if running.get("self") is callback.model and "validation_data" in running:
-            names = ("x", "y", "sample_weight", "validation_data")
+            names = ("x", "y", "sample_weight", "validation_data", "class_weight")
             return {name: running[name] for name in names if running.get(name) is not None}
         frame = frame.f_back
     return {}

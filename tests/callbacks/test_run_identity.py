@@ -203,9 +203,10 @@ def test_another_checkpoint_of_the_backbone(compare):
         ({}, {"validation": (X[8:16], Y[8:16])}, "the data's samples in `validation_data`"),
         ({}, {"y": Y + 1}, "the data's samples in `y`"),
         ({}, {"x": X[8:], "y": Y[8:]}, "the data's shape in `x` (was [48, 4], is [40, 4])"),
+        ({}, {"class_weight": {0: 1.0, 1: 2.0}}, "the data's class_weight (was None, is {"),
         ({}, {"batch_size": 4}, "the data's number of steps in an epoch (was 6, is 12)"),
     ],
-    ids=["fold", "validation", "targets", "samples", "batch size"],
+    ids=["fold", "validation", "targets", "samples", "class weights", "batch size"],
 )
 def test_other_data(compare, was, now, words):
     told = compare(was, now)
