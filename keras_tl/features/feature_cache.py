@@ -83,7 +83,8 @@ class FeatureCache:
         cache_dir: str | os.PathLike[str] | None = None,
     ):
         self._split = SplitModel(model, backbone)
-        self._folder = None if cache_dir is None else pathlib.Path(cache_dir)
+        # A later change of the working directory must not move it.
+        self._folder = None if cache_dir is None else pathlib.Path(cache_dir).absolute()
         self._names = _Names()
         self.head = self._split.head
 
