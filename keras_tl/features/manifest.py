@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from typing import Any
 
 from keras_tl.features.probe import Probe
 from keras_tl.features.records import Field, Records
-from keras_tl.features.sealed import is_count
+from keras_tl.features.sealed import is_count, unsealed
+
+FILE = "manifest.json"
 
 # A shard is held in memory while it is written, so a file does not decide how large it gets.
 _MOST_BATCHES = 1024
@@ -39,6 +42,15 @@ class Manifest:
             "batches_per_shard": self.batches_per_shard,
             "probe": None if self.probe is None else self.probe.to_list(),
         }
+
+    @classmethod
+    def of(cls, folder: pathlib.Path) -> Manifest:
+        """Returns the manifest of a folder.
+
+        Raises:
+            Exception: Any of `sealed.BROKEN`, if there is none that is whole.
+        """
+        return cls.from_dict(unsealed(folder / FILE))
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Manifest:

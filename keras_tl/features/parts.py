@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 
 from keras_tl.features.extraction import Extraction
 from keras_tl.features.source import Samples, Source
@@ -25,6 +26,7 @@ class Parts:
         training: Bool. Whether layers are called as in `fit`, or as in `evaluate`.
         dtype: String or None. The dtype that features are kept in, if not their own.
         verbose: 0, 1 or 2, as `Progbar` takes it.
+        read: The samples of the data if they have just been read, so that they need not be again.
     """
 
     def __init__(
@@ -38,10 +40,12 @@ class Parts:
         training: bool,
         dtype: str | None,
         verbose: int,
+        read: Samples | None = None,
     ):
         self._split, self._source, self._store = split, source, store
         self._views, self._random, self._training = views, random, training
         self._dtype, self._verbose = dtype, verbose
+        self._read = read
 
     def get(self, shard: tuple[int, int] | None, *, check_data: bool) -> list[list[list[Shard]]]:
         """Returns for each part, for each pass, its shards.
@@ -122,13 +126,8 @@ class Parts:
     def _check_unchanged(self, parts: list[list[list[Shard]]], now: tuple[int, int]) -> None:
         """Raises a StaleCacheError if the data is not what was recorded."""
         assert isinstance(self._store, DiskStore)
-        first, *others = [_samples(parts, view) for view in range(self._views)]
-        # What was another in each pass can be none of them now.
-        changed = first.difference(
-            self._source.samples(*now),
-            inputs=all(one.inputs == first.inputs for one in others),
-            targets=all(one.targets == first.targets for one in others),
-        )
+        passes = [_samples(parts, view) for view in range(self._views)]
+        changed = difference(passes, self._read or self._source.samples(*now))
         if changed is not None:
             raise self._store.stale(changed)
 
@@ -160,6 +159,17 @@ class Parts:
             "record k passes, of which each epoch draws; `check_data=False` if that is meant; or "
             "train through the backbone."
         )
+
+
+def difference(passes: Sequence[Samples], now: Samples) -> str | None:
+    """Says what differs between data as it was recorded in some passes, and now."""
+    first, *others = passes
+    # What was another in each pass can be none of them now.
+    return first.difference(
+        now,
+        inputs=all(one.inputs == first.inputs for one in others),
+        targets=all(one.targets == first.targets for one in others),
+    )
 
 
 def _samples(parts: list[list[list[Shard]]], view: int) -> Samples:

@@ -16,21 +16,24 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import filecmp
 import hashlib
 import json
 import os
 import pathlib
 import re
 import struct
+import time
 import uuid
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
 from keras_tl.errors import StaleCacheError
 from keras_tl.features.identity import differences, digest_of
+from keras_tl.features.manifest import FILE as _MANIFEST
 from keras_tl.features.manifest import Manifest, records_of
 from keras_tl.features.probe import Probe
 from keras_tl.features.records import Records
@@ -41,11 +44,12 @@ from keras_tl.version import __version__
 
 FORMAT = 1
 
-_MANIFEST = "manifest.json"
 _SHARD = "part-{part:04d}-of-{parts:04d}.view-{view:03d}.shard-{index:06d}"
 _DONE = "part-{part:04d}-of-{parts:04d}.json"
 _CHUNK = 1 << 22
 _PREFIX = struct.Struct("<II")
+_ON_WINDOWS = os.name == "nt"
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,6 +243,7 @@ class DiskStore:
             "place": [part, parts],
             "shards": [len(shards) for shards in passes],
             "contents": [[shard.digest for shard in shards] for shards in passes],
+            "samples": [_sums_of(shards) for shards in passes],
         }
         name = _DONE.format(part=part, parts=parts)
         self._put(name, [sealed(content)])
@@ -252,9 +257,7 @@ class DiskStore:
         shard is compared with the data before it is used, as after an interruption.
         """
         try:
-            note = unsealed(self.folder / _DONE.format(part=part, parts=parts))
-            if note["digest"] != self._digest or note["place"] != [part, parts]:
-                return None
+            note = self._note(part, parts)
             passes = [[str(digest) for digest in digests] for digests in note["contents"]]
         except BROKEN:
             return None
@@ -262,6 +265,32 @@ class DiskStore:
             names = [str(ShardName(part, parts, view, index)) for index in range(len(digests))]
             self._listed.update(zip(names, digests, strict=True))
         return list(map(len, passes))
+
+    def samples(self, part: int, parts: int) -> list[Samples] | None:
+        """Returns what tells the samples of each pass apart, or None if that is not known."""
+        try:
+            return [_samples_of(sums) for sums in self._note(part, parts)["samples"]]
+        except BROKEN:
+            return None
+
+    def _note(self, part: int, parts: int) -> dict[str, Any]:
+        note = unsealed(self.folder / _DONE.format(part=part, parts=parts))
+        if note["digest"] != self._digest or note["place"] != [part, parts]:
+            raise ValueError("it is of another part")
+        return note
+
+    def first_samples(self) -> tuple[int, int, Samples] | None:
+        """Returns a part that has its first shard, the number of parts, and its samples."""
+        for path in sorted(self.folder.glob("part-*.view-000.shard-000000")):
+            try:
+                part, parts = map(int, re.findall(r"\d+", path.name)[:2])
+                with path.open("rb") as file:
+                    header = _header_of(file)[1]
+                if header["digest"] == self._digest:
+                    return part, parts, _samples_of(header["samples"])
+            except BROKEN:
+                continue
+        return None
 
     def finished_parts(self) -> dict[int, set[int]]:
         """Returns the parts that are finished, by the number of parts that the data was divided in.
@@ -309,7 +338,16 @@ class DiskStore:
     def _remove(self, *patterns: str) -> None:
         for pattern in patterns:
             for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+                try:
+                    _patiently(path.unlink, True)
+                except PermissionError as error:
+                    raise OSError(
+                        error.errno,
+                        f"{path.name} could not be removed: {error.strerror}. On Windows that is "
+                        "so while a file is read. End the epochs and processes that read these "
+                        "features first",
+                        str(self.folder),
+                    ) from error
 
     def _put(self, name: str, pieces: Sequence[Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -320,10 +358,13 @@ class DiskStore:
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, self.folder / name)
+            _patiently(os.replace, aside, self.folder / name)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and (self.folder / name).exists():
                 return  # Another process has finished the same part, and cleared up.
+            if isinstance(error, PermissionError) and _same_content(aside, self.folder / name):
+                aside.unlink(missing_ok=True)
+                return  # Another process has written the same, and has it open.
             aside.unlink(missing_ok=True)
             what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise OSError(
@@ -373,12 +414,39 @@ def _header_of(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
     return prefix + raw, json.loads(raw)
 
 
+def _sums_of(shards: Sequence[Shard]) -> dict[str, Any]:
+    """What tells the samples of a pass apart, as JSON can hold it, but for their batches."""
+    samples = Samples()
+    for shard in shards:
+        samples.add(shard.samples)
+    return {**dataclasses.asdict(samples), "batches": [samples.count]}
+
+
 def _samples_of(data: dict[str, Any]) -> Samples:
     samples = Samples(**data)
     sums = samples.inputs, samples.targets, samples.pairs
     if not all(map(is_count, [*samples.batches, *sums])) or not isinstance(samples.ordered, str):
         raise ValueError("its samples are none")
     return samples
+
+
+def _patiently(change: Callable[..., Any], *arguments: Any) -> None:
+    """Changes a file, which on Windows fails while it is open, if only to a virus scanner."""
+    for pause in _PAUSES if _ON_WINDOWS else ():
+        try:
+            change(*arguments)
+        except PermissionError:
+            time.sleep(pause)
+        else:
+            return
+    change(*arguments)
+
+
+def _same_content(some: pathlib.Path, other: pathlib.Path) -> bool:
+    try:
+        return filecmp.cmp(some, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _bytes(array: np.ndarray) -> memoryview:

@@ -1,6 +1,8 @@
-"""Files of recorded features that are in the wrong place, broken or hostile."""
+"""Files of recorded features: in the wrong place, broken or hostile, open."""
 
+import gc
 import json
+import os
 import shutil
 import struct
 import zlib
@@ -10,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
-from keras_tl.features import extraction
+from keras_tl.features import extraction, feature_cache, record_reader, store
 from keras_tl.features.sealed import sealed
 from tests import models
 from tests.conftest import examples, regression_data
@@ -258,3 +260,119 @@ def test_whatever_a_file_says_features_are_right_or_the_error_is_named(
     else:
         # And it is mended.
         assert contents(record(model, folder, check_data=check_data)) == whole[1]
+
+
+# Windows, where a file that is open is not replaced or removed.
+
+
+@pytest.fixture
+def in_use(monkeypatch):
+    """Lets some calls that change a file fail, as on Windows while it is open."""
+    left = {}
+
+    def guarded(name, original):
+        def change(*arguments, **settings):
+            if left.get(name, 0) > 0:
+                left[name] -= 1
+                raise PermissionError(13, "Access is denied")
+            return original(*arguments, **settings)
+
+        return change
+
+    monkeypatch.setattr(store, "_ON_WINDOWS", True)
+    monkeypatch.setattr(store, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(os, "replace", guarded("replace", os.replace))
+    monkeypatch.setattr(os, "unlink", guarded("unlink", os.unlink))
+    return left
+
+
+def test_a_file_that_is_open_for_a_moment_is_waited_for(model, recorded, in_use):
+    folder, features = recorded
+    in_use.update(replace=2, unlink=2)
+    assert contents(record(model, folder.parent, refresh=True)) == features
+    assert not list(folder.glob(".*"))
+
+
+def test_a_file_that_stays_open_is_an_error_that_says_so(model, recorded, in_use):
+    folder, features = recorded
+    in_use.update(unlink=10)
+    with pytest.raises(OSError, match="could not be removed.*that read these features"):
+        record(model, folder.parent, refresh=True)
+    in_use.clear()
+    assert contents(record(model, folder.parent)) == features
+
+
+def test_a_file_that_another_process_has_written_and_reads_is_left(model, recorded, in_use):
+    folder, features = recorded
+    (folder / NOTE).rename(folder / "note")
+    in_use.update(replace=10)
+    with pytest.raises(OSError, match="could not be written"):
+        record(model, folder.parent)
+    shutil.copy(folder / "note", folder / NOTE)
+    files = store.DiskStore(
+        folder, json.loads((folder / "manifest.json").read_text())["content"]["identity"]
+    )
+    in_use.update(replace=10)
+    files._put(NOTE, [(folder / NOTE).read_bytes()])
+    assert contents(record(model, folder.parent)) == features
+
+
+@pytest.mark.parametrize("name", ["nul", "COM1", "lpt9.train", "train."])
+def test_names_that_windows_has_no_folder_for(name, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_cache, "_ON_WINDOWS", True)
+    with pytest.raises(ValueError, match="Windows has no folder of that `name`"):
+        record(model, tmp_path, name=name)
+
+
+# Open files.
+
+
+def shards_open(folder):
+    links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+    return [path for path in map(os.path.realpath, links) if path.startswith(str(folder))]
+
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="Counts in /proc.")
+
+
+@needs_proc
+def test_files_are_closed_at_the_end_of_an_epoch(model, recorded):
+    dataset = record(model, recorded[0].parent, shuffle=True)
+    for _ in range(2):
+        iterator = iter(dataset)
+        next(iterator)
+        assert shards_open(recorded[0])
+        list(iterator)
+        assert not shards_open(recorded[0])
+
+
+@needs_proc
+@pytest.mark.parametrize("how", ["break", "take", "fit"])
+def test_files_are_closed_when_an_iterator_is_given_up(how, model, recorded):
+    dataset = record(model, recorded[0].parent)
+    if how == "break":
+        for _ in dataset:
+            break
+    elif how == "take":
+        list(dataset.take(1))
+    else:
+        cache = FeatureCache(model)
+        cache.head.compile("sgd", "mse")
+        cache.head.fit(dataset, epochs=3, steps_per_epoch=2, verbose=0)
+        del cache
+    gc.collect()
+    assert not shards_open(recorded[0])
+
+
+@needs_proc
+def test_no_more_files_are_open_than_allowed_however_many_data_sets_are_read(
+    model, recorded, monkeypatch
+):
+    monkeypatch.setattr(record_reader, "_OPEN_FILES", 4)
+    datasets = [record(model, recorded[0].parent, shuffle=True) for _ in range(3)]
+    iterators = [iter(dataset) for dataset in datasets]
+    for _ in range(6):
+        for iterator in iterators:
+            next(iterator)
+        assert len(shards_open(recorded[0])) <= 4
+    del iterators
