@@ -278,7 +278,7 @@ def converged(seed=0, level=0.1, spread=1.0, rises_at=60, count=100):
     return np.geomspace(1e-7, 10, count), losses.tolist()
 
 
-def tested(rates, losses, stop_at=4.0):
+def outcome_of(rates, losses, stop_at=4.0):
     """What the test makes of losses that a model would have."""
     test = learning_rate_finder._RangeTest(list(rates), stop_at, verbose=0)
     test.set_model(types.SimpleNamespace(stop_training=False))
@@ -297,7 +297,7 @@ def test_suggests_a_rate_below_that_at_which_the_loss_of_a_converged_head_rises(
     seed, level, spread
 ):
     rates, losses = converged(seed, level, spread)
-    found = tested(rates, losses)
+    found = outcome_of(rates, losses)
     assert len(found.losses) > 60
     # By the noise of some batches later, if losses are high already.
     assert rates[60] / 4 < found.suggestion < rates[66]
@@ -309,14 +309,14 @@ def test_one_batch_of_a_high_loss_is_no_divergence():
     rates, losses = converged(level=1e-4)
     for batch in (1, 2, 12, 30, 31):
         losses[batch] = 5.0
-    found = tested(rates, losses)
+    found = outcome_of(rates, losses)
     assert len(found.losses) > 60
     assert rates[60] / 4 < found.suggestion < rates[70]
 
 
 def test_a_loss_that_has_become_high_ends_the_test():
     rates, losses = converged()
-    found = tested(rates, losses)
+    found = outcome_of(rates, losses)
     assert 60 < len(found.losses) < 80
 
 
@@ -324,7 +324,7 @@ def test_a_loss_that_falls_and_rises_has_its_valley():
     losses = [2.0 + 0.1 * (i % 3) for i in range(40)]
     losses += [*np.linspace(2.0, 0.2, 30), *np.geomspace(0.2, 100, 30)]
     rates = np.geomspace(1e-7, 10, 100)
-    found = tested(rates, losses)
+    found = outcome_of(rates, losses)
     assert set(found.suggestions) == {"valley", "steepest", "minimum"}
     assert rates[40] < found.suggestion < rates[70]
 

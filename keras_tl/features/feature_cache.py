@@ -168,7 +168,7 @@ class FeatureCache:
         identity = identity_of(self._split, source, dtype=dtype, views=views, training=training)
         folder, samples = name, None
         if folder is None and self._folder is not None:
-            folder, samples = self._folder_for(x, identity, source, shard, check_data)
+            folder, samples = self._folder_for(x, identity, source, shard, check_data, verbose)
         store = self._store(identity, folder, refresh)
         parts = Parts(
             self._split,
@@ -226,15 +226,21 @@ class FeatureCache:
         source: Source,
         shard: tuple[int, int] | None,
         check_data: bool,
+        verbose: int,
     ) -> tuple[str, Samples | None]:
         """Returns the folder of data without a name, and its samples if they were read for it."""
         known = self._known.of(x)
         if known is not None and not (check_data and source.repeatable):
             return known, None
         assert self._folder is not None
-        taken = self._known.folders
         name, samples = folder_for(
-            self._folder, identity, source, shard, read=check_data, taken=taken
+            self._folder,
+            identity,
+            source,
+            shard,
+            read=check_data,
+            taken=self._known.folders,
+            verbose=verbose,
         )
         self._known.add(x, name)
         return name, samples

@@ -16,6 +16,7 @@ from keras_tl.features.parts import difference
 from keras_tl.features.sealed import BROKEN
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.store import DiskStore
+from keras_tl.messages import say
 
 _Part = tuple[int, int]
 
@@ -28,6 +29,7 @@ def folder_for(
     *,
     read: bool,
     taken: set[str],
+    verbose: int,
 ) -> tuple[str, Samples | None]:
     """Finds the folder.
 
@@ -38,6 +40,7 @@ def folder_for(
         shard: The index of a part and the number of parts; None for all.
         read: Bool. Whether the data is read even if only one folder could be its own.
         taken: Set of the names of folders that are of other data, where that cannot be read.
+        verbose: Int. 0 for silence.
 
     Returns:
         The name, and what tells the samples of this data apart if it was read for it.
@@ -57,7 +60,10 @@ def folder_for(
         if _holds(stores[name][0], source, shard, now):
             return name, now.get(wanted)
     occupied = {name for name, (_, is_same) in stores.items() if not is_same} | {*same}
-    return next(str(n) for n in itertools.count() if str(n) not in occupied), None
+    new = next(str(n) for n in itertools.count() if str(n) not in occupied)
+    if occupied and verbose:
+        say(f"{str(root)!r} has no features of this data yet. They are recorded in {new!r}.")
+    return new, None
 
 
 def _stores(root: pathlib.Path, identity: dict[str, Any]) -> dict[str, tuple[DiskStore, bool]]:

@@ -62,9 +62,11 @@ def test_the_order_of_calls_does_not_matter(kind, check_data, model, tmp_path, b
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
-def test_other_data_first_gets_a_folder_of_its_own(model, tmp_path, batches_extracted):
-    train = cache_of(model, tmp_path)(X, Y)
-    cache_of(model, tmp_path)(*HELD_OUT)
+def test_other_data_first_gets_a_folder_of_its_own(model, tmp_path, batches_extracted, capsys):
+    train = cache_of(model, tmp_path)(X, Y, verbose=2)
+    assert "no features of this data" not in capsys.readouterr().out
+    cache_of(model, tmp_path)(*HELD_OUT, verbose=2)
+    assert "has no features of this data yet. They are recorded in '1'" in capsys.readouterr().out
     batches_extracted.clear()
     assert cache_of(model, tmp_path)(X, Y) == train
     assert batches_extracted == []
