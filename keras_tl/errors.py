@@ -187,9 +187,10 @@ class StaleCacheError(ValueError):
     >>> pretrained = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
     >>> model = keras.Sequential([FrozenBackbone(pretrained), keras.layers.Dense(1)])
     >>> x, folder = np.ones((32, 8)), tempfile.mkdtemp()
-    >>> features = FeatureCache(model, cache_dir=folder)(x, verbose=0)
+    >>> cache = FeatureCache(model, cache_dir=folder)
+    >>> features = cache(x, name="training", verbose=0)
     >>> try:
-    ...     features = FeatureCache(model, cache_dir=folder)(2 * x, verbose=0)
+    ...     features = cache(2 * x, name="training", verbose=0)
     ... except StaleCacheError as error:
     ...     print(str(error).split("Changed: ")[1][:10])
     the inputs

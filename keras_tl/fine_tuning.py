@@ -124,6 +124,8 @@ def fine_tune(
             f'The model "{model.name}" is not compiled. Call `compile` before `fine_tune`.'
         )
     check_count("epochs", epochs, at_least=1)
+    # A callback may change the working directory.
+    cache_dir = None if cache_dir is None else os.path.abspath(cache_dir)
     if isinstance(x, Iterator) and steps_per_epoch is None:
         raise ValueError(
             "A generator needs `steps_per_epoch`: it is read in several epochs, and must not end. "

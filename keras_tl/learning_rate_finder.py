@@ -61,7 +61,8 @@ def find_learning_rate(
         steps: Int, at least 10. How many steps, each with a learning rate that is the same factor
             higher. Defaults to `100`.
         stop_at: Float above 1. The test ends early when the smoothed loss is this many times its
-            lowest value. Defaults to `4.0`.
+            lowest value, and the last losses are as high beyond the noise: the losses at the lowest
+            rates tell how far those of batches lie apart. Defaults to `4.0`.
         verbose: 0 or 1. Whether a progress bar is shown. Defaults to `1`.
 
     Returns:
@@ -135,8 +136,9 @@ class LearningRateRange:
 
     @property
     def suggestion(self) -> float | None:
-        """Float or None. The `"valley"` of `suggestions`."""
-        return self.suggestions["valley"]
+        """Float or None. The `"valley"` of `suggestions`, or else their `"rise"`."""
+        suggestions = self.suggestions
+        return suggestions["valley"] or suggestions.get("rise")
 
     @property
     def suggestions(self) -> dict[str, float | None]:
@@ -145,14 +147,21 @@ class LearningRateRange:
         - `"valley"`: in the middle of the longest stretch in which the loss falls.
         - `"steepest"`: where the loss falls fastest.
         - `"minimum"`: a tenth of the rate at which the loss is lowest.
+        - `"rise"`: only where the loss stays as it is, but for noise, until it rises: half the
+          rate from which on it does. So it is once the layers that were trained before, such
+          as the head, have converged, and the loss has no way to go down.
         """
         skipped = len(self.learning_rates) // 10
         end = max(len(self.learning_rates) - _LAST, skipped + 2)
         rates = np.array(self.learning_rates[skipped:end])
         losses = np.array(self.smoothed_losses[skipped:end])
+        none: dict[str, float | None] = dict.fromkeys(("valley", "steepest", "minimum"))
+        rise = _rise(self.losses)
+        if rise is not None and not _falls(self.losses, self.smoothed_losses[skipped:end]):
+            return {**none, "rise": self.learning_rates[rise] / _BELOW}
         start, stop = _longest_fall(losses.tolist())
         if stop == start:
-            return dict.fromkeys(("valley", "steepest", "minimum"))
+            return none
         slopes = np.diff(losses) / np.diff(np.log(rates))
         return {
             "valley": float(rates[start + (stop - start) // 2]),
@@ -181,8 +190,12 @@ class LearningRateRange:
         return f"{len(self.losses)} learning rates tried; suggestions: {shown}."
 
 
+# At the lowest rates nothing moves: how the losses of batches lie there is noise.
+_FIRST = 10
 # The last losses before the end are of a model that diverges.
 _LAST = 5
+# So far below the rate from which on the loss rises is the one to train at.
+_BELOW = 2
 _SMOOTHING = 0.98
 
 
@@ -220,7 +233,7 @@ class _RangeTest(keras.callbacks.Callback):
         done = len(self.losses)
         values = [("loss", loss), ("learning_rate", self.learning_rates[-1])]
         self._bar.update(done, values, finalize=False)
-        if done == len(self._planned) or self.smoothed[-1] > self._stop_at * min(self.smoothed):
+        if done == len(self._planned) or _diverges(self.losses, self.smoothed, self._stop_at):
             self._end()
 
     def _end(self) -> None:
@@ -284,6 +297,37 @@ def _check_model(model: keras.Model) -> None:
     optimizer = internals.without_loss_scale(model.optimizer)
     if isinstance(optimizer, GroupOptimizer):
         check_can_be_set("find_learning_rate", *optimizer.groups.values())
+
+
+def _diverges(losses: Sequence[float], smoothed: Sequence[float], stop_at: float) -> bool:
+    """Whether the loss is so much higher than it was that it will not come down again.
+
+    The average alone does not tell: where most losses are tiny, that of one batch lifts it to many
+    times its lowest value.
+    """
+    limit = stop_at * min(smoothed)
+    if smoothed[-1] <= limit or len(losses) < _FIRST + _LAST:
+        return False
+    return float(np.median(losses[-_LAST:])) > limit + 4 * float(np.std(losses[:_FIRST]))
+
+
+def _falls(losses: Sequence[float], smoothed: Sequence[float]) -> bool:
+    """Whether the smoothed loss falls further than the losses of batches lie apart at first."""
+    first = np.asarray(losses[:_FIRST])
+    return float(first.mean()) - min(smoothed) > 2 * float(first.std())
+
+
+def _rise(losses: Sequence[float]) -> int | None:
+    """Returns the index from which on losses are higher than at first, if there is one."""
+    # Over an odd number of batches, so that a single one tells nothing.
+    padded = np.pad(np.asarray(losses), _LAST // 2, mode="edge")
+    middle = np.median(np.lib.stride_tricks.sliding_window_view(padded, _LAST), axis=1)
+    first = np.asarray(losses[:_FIRST])
+    high = middle > max(2 * first.mean(), first.mean() + 4 * first.std())
+    if high.all() or not high[-1]:
+        return None
+    index = int(np.flatnonzero(~high)[-1]) + 1
+    return index if index > _FIRST else None
 
 
 def _longest_fall(losses: list[float]) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 import math
 import random
+import types
 
 import keras
 import numpy as np
@@ -10,7 +11,13 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_tl import FreezeGuard, FrozenBackbone, GroupOptimizer, find_learning_rate
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    GroupOptimizer,
+    find_learning_rate,
+    learning_rate_finder,
+)
 from keras_tl.learning_rate_finder import LearningRateRange
 from tests import models, strategies
 from tests.conftest import as_bytes, examples, regression_data, values_of
@@ -261,6 +268,79 @@ def test_suggests_nothing_if_the_loss_never_falls():
     found = LearningRateRange(tuple(rates), tuple(losses), tuple(losses))
     assert found.suggestions == {"valley": None, "steepest": None, "minimum": None}
     assert str(found).endswith("valley none, steepest none, minimum none.")
+
+
+def converged(seed=0, level=0.1, spread=1.0, rises_at=60, count=100):
+    """Losses that stay as they are but for noise, and rates from 1e-7 to 10."""
+    noise = np.random.default_rng(seed).lognormal(0.0, spread, count)
+    losses = level * noise
+    losses[rises_at:] += 2.3 * np.geomspace(1, 100, count - rises_at)
+    return np.geomspace(1e-7, 10, count), losses.tolist()
+
+
+def outcome_of(rates, losses, stop_at=4.0):
+    """What the test makes of losses that a model would have."""
+    test = learning_rate_finder._RangeTest(list(rates), stop_at, verbose=0)
+    test.set_model(types.SimpleNamespace(stop_training=False))
+    for batch, loss in enumerate(losses):
+        test.on_train_batch_end(batch, {"loss": loss})
+        if test.model.stop_training:
+            break
+    return LearningRateRange(tuple(test.learning_rates), tuple(test.losses), tuple(test.smoothed))
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize(
+    ("level", "spread"), [(1e-6, 0.1), (1e-6, 1.0), (0.1, 0.1), (0.1, 1.0), (3.0, 0.1)]
+)
+def test_suggests_a_rate_below_that_at_which_the_loss_of_a_converged_head_rises(
+    seed, level, spread
+):
+    rates, losses = converged(seed, level, spread)
+    found = outcome_of(rates, losses)
+    assert len(found.losses) > 60
+    # By the noise of some batches later, if losses are high already.
+    assert rates[60] / 4 < found.suggestion < rates[66]
+    assert found.suggestion == found.suggestions["rise"]
+    assert found.suggestions["valley"] is None
+
+
+def test_one_batch_of_a_high_loss_is_no_divergence():
+    rates, losses = converged(level=1e-4)
+    for batch in (1, 2, 12, 30, 31):
+        losses[batch] = 5.0
+    found = outcome_of(rates, losses)
+    assert len(found.losses) > 60
+    assert rates[60] / 4 < found.suggestion < rates[70]
+
+
+def test_a_loss_that_has_become_high_ends_the_test():
+    rates, losses = converged()
+    found = outcome_of(rates, losses)
+    assert 60 < len(found.losses) < 80
+
+
+def test_a_loss_that_falls_and_rises_has_its_valley():
+    losses = [2.0 + 0.1 * (i % 3) for i in range(40)]
+    losses += [*np.linspace(2.0, 0.2, 30), *np.geomspace(0.2, 100, 30)]
+    rates = np.geomspace(1e-7, 10, 100)
+    found = outcome_of(rates, losses)
+    assert set(found.suggestions) == {"valley", "steepest", "minimum"}
+    assert rates[40] < found.suggestion < rates[70]
+
+
+def test_a_converged_model_is_left_a_rate():
+    # Its loss is all noise: 1e-3 at the most, of targets that it knows but for that much.
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
+    model.compile("adam", "mse")
+    kernel = np.ones((4, 1), "float32")
+    model.set_weights([kernel, np.zeros(1, "float32")])
+    noise = np.random.default_rng(0).standard_cauchy((64, 1)).astype("float32")
+    y = X.repeat(2, 0) @ kernel + 1e-3 * noise
+    found = find(model, X.repeat(2, 0), y, steps=100, batch_size=8)
+    assert len(found.losses) > 50
+    assert 1e-5 < found.suggestion < 1
 
 
 def test_plots_its_curve_and_suggestions():

@@ -78,7 +78,7 @@ class Extraction:
         """
         with _Progress(self._target(), self._verbose) as progress:
             passes = [self._pass(view, progress) for view in range(self._views)]
-        self._store.finish(self._part, self._parts, [len(shards) for shards in passes])
+        self._store.finish(self._part, self._parts, passes)
         return passes
 
     def _target(self) -> int | None:
@@ -126,16 +126,17 @@ class Extraction:
     def _extract(
         self, group: Iterator[Any], progress: _Progress
     ) -> tuple[Samples, list[np.ndarray]]:
-        samples, packed = Samples(), []
+        samples = Samples()
+        packed: list[np.ndarray] = []
         for batch, features in internals.predictions(self._extractor, group):
             if self._check is not None:
                 self._check.raise_if_changed()
                 self._check_repeats(batch, features)
                 self._check = None  # One batch tells, and it costs as much as small batches do.
             arrays = self._arrays(batch, features)
-            records = self._store.records or self._store.create(
-                *self._layout(arrays), self._probe(batch, features)
-            )
+            if not packed:
+                layout = self._layout(arrays)
+                records = self._store.create(*layout, self._probe(batch, features))
             packed.append(records.pack(arrays))
             samples.add(Samples.of(batch))
             progress.add(samples.batches[-1])

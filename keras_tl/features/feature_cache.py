@@ -18,12 +18,15 @@ from keras_tl.features.parts import Parts
 from keras_tl.features.reading import dataset_of, positions_of_batches
 from keras_tl.features.record_reader import RecordReader
 from keras_tl.features.records import Field, Records
-from keras_tl.features.source import Source
+from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import DiskStore, MemoryStore
+from keras_tl.features.unnamed import folder_for
 from keras_tl.selecting import Backbone
 
 _DTYPES = (None, "float32", "float16", "bfloat16")
+_ON_WINDOWS = os.name == "nt"
+_RESERVED = re.compile(r".*\.|(con|prn|aux|nul|com[0-9¹²³]|lpt[0-9¹²³])(\..*)?", re.IGNORECASE)
 
 
 class FeatureCache:
@@ -40,8 +43,9 @@ class FeatureCache:
 
     Calling the cache on data records features, in memory or under `cache_dir`. On disk they outlive
     the process, and an extraction that was interrupted goes on after the last whole shard. Features
-    of another backbone or of other data are never used: that is an error which says what has
-    changed. Damaged shards are found by their checksums and recorded again.
+    of another backbone or, under the same name, of other data are never used: that is an error
+    which says what has changed. Shards that are damaged, or not where they belong, are found by
+    their checksums and recorded again.
 
     Args:
         model: A Functional or built Sequential model with a frozen backbone, compiled or not.
@@ -83,8 +87,9 @@ class FeatureCache:
         cache_dir: str | os.PathLike[str] | None = None,
     ):
         self._split = SplitModel(model, backbone)
-        self._folder = None if cache_dir is None else pathlib.Path(cache_dir)
-        self._names = _Names()
+        # A later change of the working directory must not move it.
+        self._folder = None if cache_dir is None else pathlib.Path(cache_dir).absolute()
+        self._known = _Known()
         self.head = self._split.head
 
     def __call__(
@@ -129,8 +134,10 @@ class FeatureCache:
                 for validation data if there are random layers. Defaults to `True`.
             shard: Tuple `(index, count)`. Extracts every `count`-th batch from that index on.
                 Parts can be extracted by separate processes; a call without `shard` joins them.
-            name: String. The folder in `cache_dir` for these features. Defaults to `None`: "0" for
-                the first data that this cache is called on, "1" for other data and so on.
+            name: String. The folder in `cache_dir` for these features: other data under the same
+                name is an error. Defaults to `None`: the folder in which this data was recorded,
+                in whatever order data is given; data that was not gets a new one, "0", "1" and so
+                on. A generator can be read once only and is known by the order of calls: name it.
             refresh: Bool. Whether features that are there are removed and recorded again.
             check_data: Bool. Whether the data is read (without the backbone) and compared with what
                 was recorded before, and one recorded sample goes through the backbone again; and
@@ -159,7 +166,10 @@ class FeatureCache:
                 f"`views={views}` needs data that can be read more than once. Received a generator."
             )
         identity = identity_of(self._split, source, dtype=dtype, views=views, training=training)
-        store = self._store(identity, name or self._names.of(x), refresh)
+        folder, samples = name, None
+        if folder is None and self._folder is not None:
+            folder, samples = self._folder_for(x, identity, source, shard, check_data, verbose)
+        store = self._store(identity, folder, refresh)
         parts = Parts(
             self._split,
             source,
@@ -169,6 +179,7 @@ class FeatureCache:
             training=training,
             dtype=dtype,
             verbose=verbose,
+            read=samples,
         ).get(shard, check_data=check_data)
         records = store.records or _records_of_nothing(self._split, source)
         by_pass = [[shard for part in parts for shard in part[view]] for view in range(passes)]
@@ -193,6 +204,11 @@ class FeatureCache:
                 "`name` is that of a folder: letters, digits, '_', '-' and '.'. "
                 f"Received: name={name!r}."
             )
+        if name is not None and _ON_WINDOWS and _RESERVED.fullmatch(str(name)):
+            raise ValueError(
+                "Windows has no folder of that `name`: it must not end in '.', nor be that of a "
+                f"device. Received: name={name!r}."
+            )
         if shard is None:
             return
         valid = isinstance(shard, Sequence) and len(shard) == 2
@@ -203,13 +219,36 @@ class FeatureCache:
                 f"The index in `shard` must be from 0 to count - 1. Received: shard={shard!r}."
             )
 
-    def _store(
+    def _folder_for(
         self,
+        x: Any,
         identity: dict[str, Any],
-        name: str,
-        refresh: bool,
+        source: Source,
+        shard: tuple[int, int] | None,
+        check_data: bool,
+        verbose: int,
+    ) -> tuple[str, Samples | None]:
+        """Returns the folder of data without a name, and its samples if they were read for it."""
+        known = self._known.of(x)
+        if known is not None and not (check_data and source.repeatable):
+            return known, None
+        assert self._folder is not None
+        name, samples = folder_for(
+            self._folder,
+            identity,
+            source,
+            shard,
+            read=check_data,
+            taken=self._known.folders,
+            verbose=verbose,
+        )
+        self._known.add(x, name)
+        return name, samples
+
+    def _store(
+        self, identity: dict[str, Any], name: str | None, refresh: bool
     ) -> MemoryStore | DiskStore:
-        if self._folder is None:
+        if self._folder is None or name is None:
             return MemoryStore()
         store = DiskStore(self._folder / name, identity)
         if refresh:
@@ -226,20 +265,25 @@ class FeatureCache:
         return (features, *keras.tree.pack_sequence_as(rest, list(flat[len(names) :])))
 
 
-class _Names:
-    """Names for the data that a cache is called on: the same data has the same name again."""
+class _Known:
+    """The folders of the data that a cache was called on, for data that must not be read again."""
 
     def __init__(self) -> None:
-        self._seen: list[weakref.ref[Any]] = []
+        self._seen: list[tuple[weakref.ref[Any], str]] = []
 
-    def of(self, x: Any) -> str:
-        """Returns the number of the data in the order of calls."""
+    def of(self, x: Any) -> str | None:
+        """Returns the folder of the same object, if the cache was called on it."""
         first = next(iter(keras.tree.flatten(x)), x)
-        for number, seen in enumerate(self._seen):
-            if seen() is first:
-                return str(number)
-        self._seen.append(weakref.ref(first))
-        return str(len(self._seen) - 1)
+        return next((folder for seen, folder in self._seen if seen() is first), None)
+
+    def add(self, x: Any, folder: str) -> None:
+        """Notes a folder."""
+        self._seen.append((weakref.ref(next(iter(keras.tree.flatten(x)), x)), folder))
+
+    @property
+    def folders(self) -> set[str]:
+        """The folders that data has been given."""
+        return {folder for _, folder in self._seen}
 
 
 def _records_of_nothing(split: SplitModel, source: Source) -> Records:

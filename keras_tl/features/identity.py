@@ -48,7 +48,7 @@ def digest_of(identity: dict[str, Any]) -> str:
 def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
     """Says in what two identities differ."""
     found = []
-    if recorded["configuration"] != now["configuration"]:
+    if recorded.get("configuration") != now["configuration"]:
         found.append("the layers up to the backbone's outputs")
     before, after = recorded["weights"], now["weights"]
     changed = [new[0] for old, new in zip(before, after) if old[1] != new[1]]
@@ -56,15 +56,16 @@ def differences(recorded: dict[str, Any], now: dict[str, Any]) -> list[str]:
         found.append(f"the number of weights (recorded {len(before)}, now {len(after)})")
     elif changed:
         found.append(f"the weights {some(changed)}")
-    for name in ("inputs", "targets", "dtype", "views", "training"):
-        if recorded[name] != now[name]:
+    for name in [one for one in {**now, **recorded} if one not in ("configuration", "weights")]:
+        if recorded.get(name) != now.get(name):
             what = f"shape or dtype of the {name}" if name in ("inputs", "targets") else name
-            found.append(f"{what} (recorded {_shown(recorded[name])}, now {_shown(now[name])})")
+            was, is_now = _shown(recorded.get(name)), _shown(now.get(name))
+            found.append(f"{what} (recorded {was}, now {is_now})")
     return found
 
 
 def _shown(value: Any) -> str:
-    return ", ".join(value) or "none" if isinstance(value, list) else str(value)
+    return ", ".join(map(str, value)) or "none" if isinstance(value, list) else str(value)
 
 
 def _configuration_digest(graph: keras.Model, inputs: Any) -> str:

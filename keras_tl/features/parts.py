@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
+
 from keras_tl.features.extraction import Extraction
-from keras_tl.features.probe import Probe
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel, UncacheableError
 from keras_tl.features.store import DiskStore, MemoryStore, Shard, ShardName
+
+# However many parts a file says that there are.
+_PARTS_SHOWN = 8
 
 
 class Parts:
@@ -21,6 +26,7 @@ class Parts:
         training: Bool. Whether layers are called as in `fit`, or as in `evaluate`.
         dtype: String or None. The dtype that features are kept in, if not their own.
         verbose: 0, 1 or 2, as `Progbar` takes it.
+        read: The samples of the data if they have just been read, so that they need not be again.
     """
 
     def __init__(
@@ -34,10 +40,12 @@ class Parts:
         training: bool,
         dtype: str | None,
         verbose: int,
+        read: Samples | None = None,
     ):
         self._split, self._source, self._store = split, source, store
         self._views, self._random, self._training = views, random, training
         self._dtype, self._verbose = dtype, verbose
+        self._read = read
 
     def get(self, shard: tuple[int, int] | None, *, check_data: bool) -> list[list[list[Shard]]]:
         """Returns for each part, for each pass, its shards.
@@ -51,6 +59,8 @@ class Parts:
             UncacheableError: If the data is not the same each time.
             ValueError: If a part is missing.
         """
+        if check_data:
+            self._check_same_backbone()  # Before an extraction that was interrupted goes on.
         count = self._count_to_join() if shard is None else shard[1]
         wanted = [*range(count)] if shard is None else [shard[0]]
         there = {part: self._recorded(part, count) for part in wanted}
@@ -58,7 +68,6 @@ class Parts:
         now = (0, 1) if shard is None else shard
         if check_data and any(there.values()):
             self._check_unchanged(parts, now)
-            self._check_same_backbone()
         elif check_data and self._source.repeatable and not (self._random or self._source.fixed):
             self._check_repeats(parts, now)
         return parts
@@ -66,17 +75,20 @@ class Parts:
     def _count_to_join(self) -> int:
         if isinstance(self._store, MemoryStore):
             return 1
-        counts = self._store.part_counts()
-        if not counts or 1 in counts:
+        finished = self._store.finished_parts()
+        if not finished or 1 in finished:
             return 1
-        count = counts[-1]
-        missing = [p for p in range(count) if self._store.finished(p, count) is None]
+        count = max(finished)
+        missing = count - len(finished[count])
         if missing:
+            listed = (part for part in range(count) if part not in finished[count])
+            first, *rest = itertools.islice(listed, _PARTS_SHOWN)
+            shown = ", ".join(map(str, [first, *rest]))
+            more = f" and {missing - _PARTS_SHOWN} more" if missing > _PARTS_SHOWN else ""
             raise ValueError(
                 f"The features in {str(self._store.folder)!r} are in {count} parts, of which "
-                f"{', '.join(map(str, missing))} {'is' if len(missing) == 1 else 'are'} missing or "
-                f"not finished. Call the cache with `shard=({missing[0]}, {count})` first, or pass "
-                "`refresh=True`."
+                f"{shown}{more} {'is' if missing == 1 else 'are'} missing or not finished. Call "
+                f"the cache with `shard=({first}, {count})` first, or pass `refresh=True`."
             )
         return count
 
@@ -114,22 +126,17 @@ class Parts:
     def _check_unchanged(self, parts: list[list[list[Shard]]], now: tuple[int, int]) -> None:
         """Raises a StaleCacheError if the data is not what was recorded."""
         assert isinstance(self._store, DiskStore)
-        first, *others = [_samples(parts, view) for view in range(self._views)]
-        # What was another in each pass can be none of them now.
-        changed = first.difference(
-            self._source.samples(*now),
-            inputs=all(one.inputs == first.inputs for one in others),
-            targets=all(one.targets == first.targets for one in others),
-        )
+        passes = [_samples(parts, view) for view in range(self._views)]
+        changed = difference(passes, self._read or self._source.samples(*now))
         if changed is not None:
             raise self._store.stale(changed)
 
     def _check_same_backbone(self) -> None:
         """Raises a StaleCacheError if the backbone makes something else of a recorded sample."""
-        assert isinstance(self._store, DiskStore)
+        if isinstance(self._store, MemoryStore) or self._store.probe is None:
+            return
         extractor = self._split.extractor(self._training)
-        probe, inputs = self._store.probe, self._source.inputs
-        if probe is not None and Probe.differs(probe, extractor, inputs):
+        if self._store.probe.differs(extractor, self._source.inputs):
             raise self._store.stale("what the layers up to the backbone's outputs compute")
 
     def _check_repeats(self, parts: list[list[list[Shard]]], now: tuple[int, int]) -> None:
@@ -152,6 +159,17 @@ class Parts:
             "record k passes, of which each epoch draws; `check_data=False` if that is meant; or "
             "train through the backbone."
         )
+
+
+def difference(passes: Sequence[Samples], now: Samples) -> str | None:
+    """Says what differs between data as it was recorded in some passes, and now."""
+    first, *others = passes
+    # What was another in each pass can be none of them now.
+    return first.difference(
+        now,
+        inputs=all(one.inputs == first.inputs for one in others),
+        targets=all(one.targets == first.targets for one in others),
+    )
 
 
 def _samples(parts: list[list[list[Shard]]], view: int) -> Samples:

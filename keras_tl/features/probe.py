@@ -38,23 +38,37 @@ class Probe:
         flat = keras.tree.flatten(self.inputs)
         return [[_packed(x) for x in flat], {k: _packed(v) for k, v in self.features.items()}]
 
-    @staticmethod
-    def differs(data: list[Any], extractor: keras.Model, spec: Any) -> bool:
-        """Whether a model returns other features for a sample than those kept.
+    @classmethod
+    def from_list(cls, data: list[Any]) -> Probe:
+        """Returns what `to_list` was made of, with the inputs as a flat list.
+
+        Raises:
+            ValueError: If the data is not what `to_list` returns.
+        """
+        inputs, features = data
+        return cls(
+            [_unpacked(one) for one in inputs],
+            {str(name): _unpacked(one).numpy() for name, one in features.items()},
+        )
+
+    def differs(self, extractor: keras.Model, spec: Any) -> bool:
+        """Whether a model returns other features for the sample than those kept.
 
         Args:
-            data: What `to_list` returned.
             extractor: A model from inputs to a dictionary of features.
-            spec: Anything nested as the inputs are.
+            spec: `tf.TypeSpec`s of its inputs, nested as it takes them.
         """
-        flat = [tf.io.parse_tensor(base64.b64decode(raw), dtype) for dtype, raw in data[0]]
+        flat, specs = keras.tree.flatten(self.inputs), keras.tree.flatten(spec)
+        if len(flat) != len(specs) or not all(
+            one.dtype == x.dtype and one.shape[1:].is_compatible_with(x.shape[1:])
+            for one, x in zip(specs, flat)
+        ):
+            return True
         inputs = keras.tree.pack_sequence_as(spec, flat)
         ((_, now),) = internals.predictions(extractor, [(inputs,)])
-        before = {
-            name: tf.io.parse_tensor(base64.b64decode(raw), dtype).numpy()
-            for name, (dtype, raw) in data[1].items()
-        }
-        return not same_features(dict(zip(now, before.values(), strict=True)), now)
+        # By their order: names change with that in which models are made.
+        before = list(self.features.values())
+        return len(before) != len(now) or not same_features(dict(zip(now, before)), now)
 
 
 def same_features(some: dict[str, Any], others: dict[str, Any]) -> bool:
@@ -70,6 +84,17 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
     scale = np.max(np.abs(one), initial=0.0, where=np.isfinite(one))
     tolerance = scale * (_TOLERANCE_OF_HALF if half else _TOLERANCE)
     return np.allclose(one, other, rtol=0.0, atol=tolerance, equal_nan=True)
+
+
+def _unpacked(packed: Any) -> tf.Tensor:
+    dtype, raw = packed
+    try:
+        tensor = tf.io.parse_tensor(base64.b64decode(raw, validate=True), dtype)
+    except tf.errors.OpError as error:
+        raise ValueError("the sample that is kept in it cannot be read") from error
+    if not tensor.shape.rank or tensor.shape[0] != 1:
+        raise ValueError("the sample that is kept in it is not one")
+    return tensor
 
 
 def _packed(x: Any) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,11 +62,15 @@ def dataset_of(
 
     dtypes = [tf.as_dtype(dtype) for _, dtype in reader.records.layout]
 
-    def epoch() -> np.ndarray:
+    def epoch() -> Iterator[np.ndarray]:
+        """The order of an epoch, and what comes after it: at its end, or when it is given up."""
         order = generator.permutation(in_order) if shuffle else in_order
-        if views == 1:
-            return order
-        return order + len(order) * generator.integers(views, size=len(order))
+        if views > 1:
+            order = order + len(order) * generator.integers(views, size=len(order))
+        try:
+            yield order
+        finally:
+            reader.close()
 
     def batch(order: tf.Tensor, begin: tf.Tensor, end: tf.Tensor) -> Any:
         tensors = tf.numpy_function(reader.read, [order[begin:end]], dtypes)
@@ -76,7 +80,6 @@ def dataset_of(
         bounds = tf.data.Dataset.from_tensor_slices((ends[:-1], ends[1:]))
         return bounds.map(lambda begin, end: batch(order, begin, end))
 
-    once = tf.data.Dataset.from_tensors(0)
-    order = once.map(lambda _: tf.ensure_shape(tf.numpy_function(epoch, [], tf.int64), (None,)))
+    order = tf.data.Dataset.from_generator(epoch, output_signature=tf.TensorSpec((None,), tf.int64))
     dataset = order.flat_map(of_epoch)
     return dataset.apply(tf.data.experimental.assert_cardinality(len(sizes))).prefetch(2)

@@ -1,4 +1,9 @@
-"""Reading records by their position, in memory or on disk."""
+"""Reading records by their position, in memory or on disk.
+
+TensorFlow never lets go of a function that a data set calls, so a reader outlives its data set. Its
+files do not: they are closed at the end of each epoch, and however many data sets are read at once,
+no more than `_OPEN_FILES` are open.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +11,7 @@ import collections
 import math
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -42,8 +47,6 @@ class RecordReader:
             return
         self._shards = list(shards)
         self._ends = np.cumsum([shard.samples.count for shard in shards], dtype=np.int64)
-        self._files: collections.OrderedDict[int, BinaryIO] = collections.OrderedDict()
-        self._lock = threading.Lock()
 
     def read(self, positions: np.ndarray) -> list[np.ndarray]:
         """Returns the records at these positions, as an array for each field."""
@@ -58,7 +61,7 @@ class RecordReader:
         shards = np.searchsorted(self._ends, positions, side="right")
         starts = np.concatenate([[0], self._ends])[shards]
         rows = zip(*map(_bytes_of_rows, arrays))
-        with self._lock:
+        with _open_files.lock:
             for shard, index, row in zip(shards.tolist(), (positions - starts).tolist(), rows):
                 self._read_record(shard, index, row)
         return arrays
@@ -70,22 +73,54 @@ class RecordReader:
         for field in fields:
             _fill(file, field)
 
+    def close(self) -> None:
+        """Closes the files. What is read after it opens them again."""
+        _open_files.close(self)
+
     def _file(self, shard: int) -> BinaryIO:
-        file = self._files.pop(shard, None)
-        if file is None:
-            if len(self._files) >= _OPEN_FILES:
-                self._files.popitem(last=False)[1].close()
-            file = self._opened(self._shards[shard])
-        self._files[shard] = file
-        return file
+        return _open_files.get((self, shard), lambda: self._opened(self._shards[shard]))
 
     def _opened(self, shard: Shard) -> BinaryIO:
         file = shard.source.open("rb", buffering=0)
         if file.read(len(shard.header)) != shard.header:
+            file.close()
             raise StaleCacheError(
                 f"{shard.source.name} was recorded again while it was in use. Call the cache again."
             )
         return file
+
+
+class _OpenFiles:
+    """The files that are open, of all readers, those used last at the end.
+
+    Attributes:
+        lock: Held while a file is read, so that none is closed meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self.lock = threading.RLock()
+        self._files: collections.OrderedDict[tuple[RecordReader, int], BinaryIO]
+        self._files = collections.OrderedDict()
+
+    def get(self, key: tuple[RecordReader, int], opened: Callable[[], BinaryIO]) -> BinaryIO:
+        """Returns a file, opened now if it is not."""
+        file = self._files.get(key)
+        if file is None:
+            while len(self._files) >= _OPEN_FILES:
+                self._files.popitem(last=False)[1].close()
+            file = self._files[key] = opened()
+        else:
+            self._files.move_to_end(key)
+        return file
+
+    def close(self, reader: RecordReader) -> None:
+        """Closes the files of a reader."""
+        with self.lock:
+            for key in [key for key in self._files if key[0] is reader]:
+                self._files.pop(key).close()
+
+
+_open_files = _OpenFiles()
 
 
 class _Buffers:

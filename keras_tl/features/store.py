@@ -16,32 +16,40 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import filecmp
+import hashlib
 import json
 import os
 import pathlib
 import re
 import struct
+import time
 import uuid
 import zlib
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from keras_tl.errors import StaleCacheError
 from keras_tl.features.identity import differences, digest_of
+from keras_tl.features.manifest import FILE as _MANIFEST
+from keras_tl.features.manifest import Manifest, records_of
 from keras_tl.features.probe import Probe
-from keras_tl.features.records import Field, Records
+from keras_tl.features.records import Records
+from keras_tl.features.sealed import BROKEN, is_count, reason, sealed, unsealed
 from keras_tl.features.source import Samples
+from keras_tl.messages import say
 from keras_tl.version import __version__
 
 FORMAT = 1
 
-_MANIFEST = "manifest.json"
 _SHARD = "part-{part:04d}-of-{parts:04d}.view-{view:03d}.shard-{index:06d}"
 _DONE = "part-{part:04d}-of-{parts:04d}.json"
 _CHUNK = 1 << 22
 _PREFIX = struct.Struct("<II")
+_ON_WINDOWS = os.name == "nt"
+_PAUSES = (0.05, 0.1, 0.2, 0.4, 0.8)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,6 +63,10 @@ class ShardName:
 
     def __str__(self) -> str:
         return _SHARD.format(**dataclasses.asdict(self))
+
+    def to_list(self) -> list[int]:
+        """Returns what JSON can hold."""
+        return [self.part, self.parts, self.view, self.index]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +83,11 @@ class Shard:
     source: Any
     header: bytes = b""
 
+    @property
+    def digest(self) -> str:
+        """String. What tells its contents apart: the header has their checksum."""
+        return hashlib.sha256(self.header).hexdigest()
+
 
 class MemoryStore:
     """Shards in memory."""
@@ -79,9 +96,10 @@ class MemoryStore:
     batches_per_shard: int
 
     def create(self, records: Records, batches_per_shard: int, probe: Probe | None) -> Records:
-        """Takes the layout of the records, and returns it."""
-        self.records, self.batches_per_shard = records, batches_per_shard
-        return records
+        """Takes the layout of the records, unless there is one, and returns it."""
+        if self.records is None:
+            self.records, self.batches_per_shard = records, batches_per_shard
+        return self.records
 
     def find(self, name: ShardName) -> tuple[Shard | None, str | None]:
         """Returns that there is no such shard yet."""
@@ -95,7 +113,7 @@ class MemoryStore:
         """Keeps a shard."""
         return Shard(samples, list(packed))
 
-    def finish(self, part: int, parts: int, shards: Sequence[int]) -> None:
+    def finish(self, part: int, parts: int, passes: Sequence[Sequence[Shard]]) -> None:
         """Does nothing."""
 
 
@@ -116,19 +134,34 @@ class DiskStore:
         self._digest = digest_of(identity)
         self.records: Records | None = None
         self.batches_per_shard = 0
-        self.probe: list[Any] | None = None
+        self.probe: Probe | None = None
+        # Whether a shard has the layout that the manifest says.
+        self._confirmed = False
+        # By their names: digests of the shards that the notes of finished parts list.
+        self._listed: dict[str, str] = {}
 
     def open(self) -> None:
         """Takes the layout of the records from the manifest, if there is one that is whole."""
-        manifest = self._manifest()
-        if manifest is None:
-            return
-        changed = differences(manifest["identity"], self._identity)
+        damage = self._open()
+        if damage is not None:
+            say(f"{self.folder / _MANIFEST} is damaged ({damage}): writing it again.")
+
+    def _open(self) -> str | None:
+        """Returns what is wrong with the manifest."""
+        try:
+            manifest = self._manifest()
+        except FileNotFoundError:
+            return None
+        except StaleCacheError:
+            raise
+        except BROKEN as error:
+            return reason(error)
+        changed = differences(manifest.identity, self._identity)
         if changed:
             raise self.stale("; ".join(changed))
-        self.records = Records([Field.from_list(field) for field in manifest["fields"]])
-        self.batches_per_shard = manifest["batches_per_shard"]
-        self.probe = manifest["probe"]
+        self.records, self.batches_per_shard = manifest.records, manifest.batches_per_shard
+        self.probe = manifest.probe
+        return None
 
     def create(self, records: Records, batches_per_shard: int, probe: Probe | None) -> Records:
         """Writes the manifest, unless another process has done so just now.
@@ -136,17 +169,13 @@ class DiskStore:
         Returns:
             The layout that is in it.
         """
-        content = {
-            "format": FORMAT,
-            "keras_tl": __version__,
-            "identity": self._identity,
-            "fields": [field.to_list() for field in records.fields],
-            "batches_per_shard": batches_per_shard,
-            "probe": None if probe is None else probe.to_list(),
-        }
-        self.open()
         if self.records is None:
-            self._put(_MANIFEST, [_sealed(content)])
+            self._open()
+        # A layout that no shard has, and these samples do not, is none of this data.
+        if self.records is None or not (self._confirmed or self.records.fields == records.fields):
+            manifest = Manifest(self._identity, records, batches_per_shard, probe)
+            about = {"format": FORMAT, "keras_tl": __version__}
+            self._put(_MANIFEST, [sealed({**about, **manifest.to_dict()})])
             self.records, self.batches_per_shard = records, batches_per_shard
         return self.records
 
@@ -158,33 +187,27 @@ class DiskStore:
             "`name`."
         )
 
-    def _manifest(self) -> dict[str, Any] | None:
-        content = self._unsealed(_MANIFEST)
-        if content is not None and content["format"] > FORMAT:
+    def _manifest(self) -> Manifest:
+        content = unsealed(self.folder / _MANIFEST)
+        if content["format"] > FORMAT:
             raise StaleCacheError(
                 f"The features in {str(self.folder)!r} were recorded by keras_tl "
                 f"{content['keras_tl']}, in a format that this version, {__version__}, does not "
                 "know. Update keras_tl, or pass `refresh=True` to record them again."
             )
-        return content
-
-    def _unsealed(self, name: str) -> dict[str, Any] | None:
-        try:
-            written = json.loads((self.folder / name).read_text(encoding="utf-8"))
-            whole = written["checksum"] == _checksum_of(written["content"])
-            return written["content"] if whole else None
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
+        return Manifest.from_dict(content)
 
     def find(self, name: ShardName) -> tuple[Shard | None, str | None]:
         """Returns a shard if it is there and whole, and if not, what is wrong with it."""
         path = self.folder / str(name)
         try:
-            return self._read(path), None
+            shard = self._read(path, name)
         except FileNotFoundError:
             return None, None
-        except (OSError, ValueError, KeyError, TypeError, struct.error) as error:
-            return None, f"{path.name} is damaged ({error})"
+        except BROKEN as error:
+            return None, f"{path.name} is damaged ({reason(error)})"
+        self._confirmed = True
+        return shard, None
 
     def write(self, name: ShardName, samples: Samples, packed: Sequence[np.ndarray]) -> Shard:
         """Makes a shard, in one step."""
@@ -195,6 +218,7 @@ class DiskStore:
         header = json.dumps(
             {
                 "digest": self._digest,
+                "place": name.to_list(),
                 "checksum": checksum,
                 "samples": dataclasses.asdict(samples),
                 "fields": [field.to_list() for field in self.records.fields],
@@ -202,31 +226,96 @@ class DiskStore:
         ).encode()
         prefix = _PREFIX.pack(len(header), zlib.crc32(header))
         self._put(str(name), [prefix, header, *[_bytes(batch) for batch in packed]])
+        self._listed.pop(str(name), None)
+        self._confirmed = True
         return Shard(samples, self.folder / str(name), prefix + header)
 
-    def finish(self, part: int, parts: int, shards: Sequence[int]) -> None:
-        """Notes that all shards of a part are there.
+    def finish(self, part: int, parts: int, passes: Sequence[Sequence[Shard]]) -> None:
+        """Notes that all shards of a part are there, and which they are.
 
         Args:
             part: Int. Which part.
             parts: Int. Of how many.
-            shards: How many shards there are of each pass.
+            passes: For each pass, its shards.
         """
-        content = {"digest": self._digest, "shards": list(shards)}
+        content = {
+            "digest": self._digest,
+            "place": [part, parts],
+            "shards": [len(shards) for shards in passes],
+            "contents": [[shard.digest for shard in shards] for shards in passes],
+            "samples": [_sums_of(shards) for shards in passes],
+        }
         name = _DONE.format(part=part, parts=parts)
-        self._put(name, [_sealed(content)])
+        self._put(name, [sealed(content)])
         # What processes left that were killed while they wrote.
         self._remove(f".{pathlib.Path(name).stem}.*.tmp", f".{_MANIFEST}.*.tmp")
 
     def finished(self, part: int, parts: int) -> list[int] | None:
-        """Returns what `finish` was told, or None if the part is not finished."""
-        content = self._unsealed(_DONE.format(part=part, parts=parts))
-        return content["shards"] if content and content["digest"] == self._digest else None
+        """Returns how many shards each pass has, or None if the part is not finished.
 
-    def part_counts(self) -> list[int]:
-        """Returns into how many parts the data was divided when shards were written here."""
-        names = [re.match(r"part-\d+-of-(\d+)\.", path.name) for path in self.folder.glob("part-*")]
-        return sorted({int(name[1]) for name in names if name})
+        Notes of keras_tl 0.1.0 do not say which shards they are of. They count for nothing: each
+        shard is compared with the data before it is used, as after an interruption.
+        """
+        try:
+            note = self._note(part, parts)
+            passes = [[str(digest) for digest in digests] for digests in note["contents"]]
+        except BROKEN:
+            return None
+        for view, digests in enumerate(passes):
+            names = [str(ShardName(part, parts, view, index)) for index in range(len(digests))]
+            self._listed.update(zip(names, digests, strict=True))
+        return list(map(len, passes))
+
+    def samples(self, part: int, parts: int) -> list[Samples] | None:
+        """Returns what tells the samples of each pass apart, or None if that is not known."""
+        try:
+            return [_samples_of(sums) for sums in self._note(part, parts)["samples"]]
+        except BROKEN:
+            return None
+
+    def _note(self, part: int, parts: int) -> dict[str, Any]:
+        note = unsealed(self.folder / _DONE.format(part=part, parts=parts))
+        if note["digest"] != self._digest or note["place"] != [part, parts]:
+            raise ValueError("it is of another part")
+        return note
+
+    def first_samples(self) -> tuple[int, int, Samples] | None:
+        """Returns a part that has its first shard, the number of parts, and its samples."""
+        for path in sorted(self.folder.glob("part-*.view-000.shard-000000")):
+            try:
+                part, parts = map(int, re.findall(r"\d+", path.name)[:2])
+                with path.open("rb") as file:
+                    header = _header_of(file)[1]
+                if header["digest"] == self._digest:
+                    return part, parts, _samples_of(header["samples"])
+            except BROKEN:
+                continue
+        return None
+
+    def finished_parts(self) -> dict[int, set[int]]:
+        """Returns the parts that are finished, by the number of parts that the data was divided in.
+
+        That is what whole files say; a name alone counts for nothing.
+        """
+        counts: dict[int, set[int]] = {}
+        for path in self.folder.glob("part-*"):
+            place = re.match(r"part-(\d+)-of-(\d+)\.", path.name)
+            if place is None or not self._is_ours(path):
+                continue
+            part, parts = map(int, place.groups())
+            finished = counts.setdefault(parts, set())
+            if path.name == _DONE.format(part=part, parts=parts) and self.finished(part, parts):
+                finished.add(part)
+        return counts
+
+    def _is_ours(self, path: pathlib.Path) -> bool:
+        try:
+            if path.suffix == ".json":
+                return bool(unsealed(path)["digest"] == self._digest)
+            with path.open("rb") as file:
+                return bool(_header_of(file)[1]["digest"] == self._digest)
+        except BROKEN:
+            return False
 
     def has(self, name: ShardName) -> bool:
         """Whether there is a file of that shard."""
@@ -249,7 +338,16 @@ class DiskStore:
     def _remove(self, *patterns: str) -> None:
         for pattern in patterns:
             for path in self.folder.glob(pattern):
-                path.unlink(missing_ok=True)
+                try:
+                    _patiently(path.unlink, True)
+                except PermissionError as error:
+                    raise OSError(
+                        error.errno,
+                        f"{path.name} could not be removed: {error.strerror}. On Windows that is "
+                        "so while a file is read. End the epochs and processes that read these "
+                        "features first",
+                        str(self.folder),
+                    ) from error
 
     def _put(self, name: str, pieces: Sequence[Any]) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -260,10 +358,13 @@ class DiskStore:
                     file.write(piece)
                 file.flush()
                 os.fsync(file.fileno())
-            os.replace(aside, self.folder / name)
+            _patiently(os.replace, aside, self.folder / name)
         except OSError as error:
             if isinstance(error, FileNotFoundError) and (self.folder / name).exists():
                 return  # Another process has finished the same part, and cleared up.
+            if isinstance(error, PermissionError) and _same_content(aside, self.folder / name):
+                aside.unlink(missing_ok=True)
+                return  # Another process has written the same, and has it open.
             aside.unlink(missing_ok=True)
             what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror
             raise OSError(
@@ -273,38 +374,80 @@ class DiskStore:
                 str(self.folder),
             ) from error
 
-    def _read(self, path: pathlib.Path) -> Shard:
+    def _read(self, path: pathlib.Path, name: ShardName) -> Shard:
         with path.open("rb") as file:
-            prefix = file.read(_PREFIX.size)
-            size, checksum = _PREFIX.unpack(prefix)
-            raw = file.read(size)
-            if zlib.crc32(raw) != checksum:
-                raise ValueError("its header's checksum is wrong")
-            header = json.loads(raw)
+            raw, header = _header_of(file)
             if header["digest"] != self._digest:
                 raise ValueError("it was recorded with something else")
+            # Shards of keras_tl 0.1.0 do not know their place; see `finished`.
+            place = header.get("place", name.to_list())
+            if place != name.to_list():
+                known = len(place) == len(name.to_list()) and all(map(is_count, place))
+                other = ShardName(*place) if known else "another"
+                raise ValueError(f"it belongs in the place of {other}")
             found, length = 0, 0
             while chunk := file.read(_CHUNK):
                 found = zlib.crc32(chunk, found)
                 length += len(chunk)
-        samples = Samples(**header["samples"])
-        records = Records([Field.from_list(field) for field in header["fields"]])
-        if self.records is None or records.dtype != self.records.dtype:
-            raise ValueError("it was recorded with something else")
-        if length != samples.count * records.dtype.itemsize:
+        samples = _samples_of(header["samples"])
+        if self.records is None or records_of(header["fields"]).fields != self.records.fields:
+            raise ValueError("its records have another layout than the manifest says")
+        if length != samples.count * self.records.dtype.itemsize:
             raise ValueError(f"it has {length} bytes of records")
         if found != header["checksum"]:
             raise ValueError("its checksum is wrong")
-        return Shard(samples, path, prefix + raw)
+        shard = Shard(samples, path, raw)
+        if self._listed.get(path.name, shard.digest) != shard.digest:
+            raise ValueError("it is another one than was recorded here")
+        return shard
+
+
+def _header_of(file: BinaryIO) -> tuple[bytes, dict[str, Any]]:
+    """Returns the bytes before the records, and what they say."""
+    prefix = file.read(_PREFIX.size)
+    size, checksum = _PREFIX.unpack(prefix)
+    if size > os.fstat(file.fileno()).st_size:
+        raise ValueError("it is shorter than its header")
+    raw = file.read(size)
+    if zlib.crc32(raw) != checksum:
+        raise ValueError("its header's checksum is wrong")
+    return prefix + raw, json.loads(raw)
+
+
+def _sums_of(shards: Sequence[Shard]) -> dict[str, Any]:
+    """What tells the samples of a pass apart, as JSON can hold it, but for their batches."""
+    samples = Samples()
+    for shard in shards:
+        samples.add(shard.samples)
+    return {**dataclasses.asdict(samples), "batches": [samples.count]}
+
+
+def _samples_of(data: dict[str, Any]) -> Samples:
+    samples = Samples(**data)
+    sums = samples.inputs, samples.targets, samples.pairs
+    if not all(map(is_count, [*samples.batches, *sums])) or not isinstance(samples.ordered, str):
+        raise ValueError("its samples are none")
+    return samples
+
+
+def _patiently(change: Callable[..., Any], *arguments: Any) -> None:
+    """Changes a file, which on Windows fails while it is open, if only to a virus scanner."""
+    for pause in _PAUSES if _ON_WINDOWS else ():
+        try:
+            change(*arguments)
+        except PermissionError:
+            time.sleep(pause)
+        else:
+            return
+    change(*arguments)
+
+
+def _same_content(some: pathlib.Path, other: pathlib.Path) -> bool:
+    try:
+        return filecmp.cmp(some, other, shallow=False)
+    except OSError:
+        return False
 
 
 def _bytes(array: np.ndarray) -> memoryview:
     return memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-
-
-def _checksum_of(content: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(content, sort_keys=True).encode())
-
-
-def _sealed(content: dict[str, Any]) -> bytes:
-    return json.dumps({"checksum": _checksum_of(content), "content": content}).encode()

@@ -38,7 +38,8 @@ def _small_shards(monkeypatch):
 
 
 def record(model, folder, x=X, y=Y, **settings):
-    settings = {"batch_size": BATCH, "shuffle": False, "verbose": 0, **settings}
+    # By name: data without one is known by what it is, see test_unnamed.py.
+    settings = {"batch_size": BATCH, "shuffle": False, "verbose": 0, "name": "0", **settings}
     return FeatureCache(model, cache_dir=folder)(x, y, **settings)
 
 
