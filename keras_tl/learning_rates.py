@@ -161,6 +161,12 @@ class LayerwiseLearningRates(Mapping[str, float]):
             for weight in layer.weights
         }
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> LayerwiseLearningRates:
+        return self  # Copied layers would be of no model; and nothing changes it.
+
+    def __reduce__(self) -> Any:
+        return dict, (dict(self),)  # Names mean the same in the model that it is read for.
+
     @property
     def learning_rate(self) -> float:
         """Float. The highest of the rates."""
