@@ -63,7 +63,7 @@ def test_a_copy_of_a_used_callback_is_a_new_one_with_its_settings(copied, tmp_pa
     new = copied(callback)
 
     assert vars(new).keys() == vars(Own()).keys()
-    assert (new.patience, new.warmup_steps, new.backup_dir) == (7, 2, tmp_path)
+    assert (new.patience, new.warmup_steps, new.backup_dir) == (7, 2, str(tmp_path))
     assert (new.stage, new.transitions, new.best_epoch, new.decided) == (0, [], None, False)
     assert new.seen == [0, 1]
     assert new.model is None

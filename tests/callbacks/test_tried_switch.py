@@ -137,7 +137,6 @@ def test_a_tried_switch_leaves_no_trace(optimizer, trained_before):
     model = build(optimizer())
     if trained_before:
         fit(model, epochs=1)
-        model.evaluate(X, Y, verbose=0)
     grouped = isinstance(model.optimizer, GroupOptimizer)
     rates = {} if grouped else {"head_learning_rate": 1e-3}
     stage = Stage("all", 1e-5, **rates)
