@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import difflib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeAlias
 
 import keras
 
@@ -17,6 +19,15 @@ from keras_tl.selecting import (
     flatten_layers,
     is_built,
     layer_units,
+    named_layers,
+)
+
+# What `backbone=` takes: layers, their names in the model, or a function that finds them in it.
+BackboneOf: TypeAlias = (
+    keras.Layer
+    | str
+    | Sequence[keras.Layer | str]
+    | Callable[[keras.Model], "keras.Layer | str | Sequence[keras.Layer | str]"]
 )
 
 
@@ -25,20 +36,21 @@ class Backbones:
 
     Args:
         model: A model.
-        backbone: A layer, model or list of layers of that model. None means each `FrozenBackbone`.
+        backbone: A layer, model or list of layers of that model, their names, or a function that
+            returns them for the model. None means each `FrozenBackbone`.
 
     Raises:
         ValueError: If there is no such backbone in the model.
     """
 
-    def __init__(self, model: keras.Model, backbone: Backbone | None):
+    def __init__(self, model: keras.Model, backbone: BackboneOf | None):
         wrappers = _wrappers(model)
         given = wrappers if backbone is None else _given(model, backbone, wrappers)
         if not given:
             raise ValueError(
                 f'The model "{model.name}" has no FrozenBackbone. Wrap the pretrained model in '
                 "keras_tl.FrozenBackbone (best), or pass `backbone=` with a layer, a nested model "
-                "or a list of layers of this model."
+                "or a list of layers of this model, or with names of these."
             )
         self.wrapped = [layer for layer in given if isinstance(layer, FrozenBackbone)]
         self.plain = [layer for layer in given if not isinstance(layer, FrozenBackbone)]
@@ -116,17 +128,19 @@ class Backbones:
         return trains and freezing.is_thawed(self.plain)
 
     def freeze(self) -> None:
-        """Freezes all of every backbone."""
-        for wrapper in self.wrapped:
-            wrapper.freeze()
+        """Freezes all of every backbone. What is compiled is the caller's to renew."""
+        with internals.functions_kept():
+            for wrapper in self.wrapped:
+                wrapper.freeze()
         if self.plain:
             freezing.freeze(self.plain)
 
     def unfreeze(self, layers: Selection, train_batchnorm: bool) -> None:
-        """Unfreezes the selected layers."""
+        """Unfreezes the selected layers. What is compiled is the caller's to renew."""
         for target in self._selecting(layers, train_batchnorm):
             if isinstance(target, FrozenBackbone):
-                target.unfreeze(layers, train_batchnorm=train_batchnorm)
+                with internals.functions_kept():
+                    target.unfreeze(layers, train_batchnorm=train_batchnorm)
             else:
                 freezing.unfreeze(target, layers, hand_frozen=self._hand_frozen)
 
@@ -184,6 +198,15 @@ def stay_frozen(backbone: Backbone) -> list[keras.Layer]:
     return held_layers(unwrapped(backbone), backbone.hand_frozen if wrapped else NOTHING)
 
 
+def names_of_layers(backbone: BackboneOf | None) -> Any:
+    """Returns names in place of layers, which mean the same in a model that is read from a file."""
+    if isinstance(backbone, keras.Layer):
+        return backbone.name
+    if isinstance(backbone, (list, tuple)):
+        return [names_of_layers(one) for one in backbone]
+    return backbone
+
+
 def changeable_weights(model: keras.Model) -> list[keras.Variable]:
     """Returns the weights that training can change as the flags stand now.
 
@@ -210,21 +233,27 @@ def _wrappers(model: keras.Model) -> list[keras.Layer]:
 
 
 def _given(
-    model: keras.Model, backbone: Backbone, wrappers: Sequence[keras.Layer]
+    model: keras.Model, backbone: BackboneOf, wrappers: Sequence[keras.Layer]
 ) -> list[keras.Layer]:
     """The layers passed as `backbone`; a `FrozenBackbone` in place of the model that it wraps."""
-    given = [backbone] if isinstance(backbone, keras.Layer) else list(backbone)
-    if not given or not all(isinstance(layer, keras.Layer) for layer in given):
+    found: Any = backbone
+    if callable(backbone) and not isinstance(backbone, keras.Layer):
+        found = backbone(model)
+    several = isinstance(found, Sequence) and not isinstance(found, str)
+    given: list[Any] = list(found) if several else [found]
+    if not given or not all(isinstance(one, (keras.Layer, str)) for one in given):
+        returned = "" if found is backbone else f", which returns {found!r}"
         raise ValueError(
-            "`backbone` must be a Keras layer, a model or a list of layers. "
-            f"Received: backbone={backbone!r}."
+            "`backbone` must be a Keras layer, a model or a list of layers, their names, or a "
+            f"function from the model to these. Received: backbone={backbone!r}{returned}."
         )
     wrapper_of = {id(wrapper.backbone): wrapper for wrapper in wrappers}
-    given = [wrapper_of.get(id(layer), layer) for layer in given]
+    layers = [_named(model, one) if isinstance(one, str) else one for one in given]
+    layers = [wrapper_of.get(id(layer), layer) for layer in layers]
     if not is_built(model):
-        return given
+        return layers
     known = {id(weight) for weight in model.weights}
-    for layer in given:
+    for layer in layers:
         if not layer.weights or not all(id(weight) in known for weight in layer.weights):
             nested = [
                 sublayer.name
@@ -234,6 +263,24 @@ def _given(
             raise ValueError(
                 f'`backbone` "{layer.name}" is not part of the model "{model.name}", or has no '
                 f"weights. Models nested in it: {', '.join(nested) or 'none'}. Pass a layer, a "
-                "model or a list of layers that this model is made of."
+                "model or a list of layers that this model is made of; or, where the model is made "
+                "later or several times, a name or a function of the model."
             )
-    return given
+    return layers
+
+
+def _named(model: keras.Model, name: str) -> keras.Layer:
+    """The layer of a model that a name means: of the path from the model, or of the layer alone."""
+    named = named_layers(model)
+    found = {id(layer): layer for path, layer in named if path == name}
+    found = found or {id(layer): layer for _, layer in named if layer.name == name}
+    if len(found) == 1:
+        return next(iter(found.values()))
+    paths = [path for path, layer in named if id(layer) in found]
+    if paths:
+        hint = f"names several layers: {', '.join(paths)}. Pass one of these, or the layer."
+    else:
+        names = [known for path, layer in named for known in (path, layer.name)]
+        close = dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.5))
+        hint = "matches no layer." + (f" Did you mean {', '.join(close)}?" if close else "")
+    raise ValueError(f'`backbone="{name}"`: in the model "{model.name}" that name {hint}')

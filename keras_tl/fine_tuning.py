@@ -9,13 +9,13 @@ from typing import Any
 
 import keras
 
+from keras_tl.backbones import BackboneOf
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.callbacks.joint_fits import JointFits
 from keras_tl.convergence import check_count
 from keras_tl.features import FeatureCache
 from keras_tl.features.splitting import UncacheableError
 from keras_tl.messages import say
-from keras_tl.selecting import Backbone
 
 
 def fine_tune(
@@ -27,7 +27,7 @@ def fine_tune(
     validation_data: Any = None,
     epochs: int = 100,
     learning_rate: Any = 1e-5,
-    backbone: Backbone | None = None,
+    backbone: BackboneOf | None = None,
     monitor: str | None = None,
     patience: int = 3,
     fine_tune_patience: int | None = None,
@@ -69,8 +69,8 @@ def fine_tune(
         learning_rate: The learning rate of fine-tuning: a float, `LearningRateSchedule` or
             callable; or a dictionary from names of layers to floats, such as
             `layerwise_learning_rates` returns. Defaults to `1e-5`.
-        backbone: The layer, model or list of layers to unfreeze. Defaults to every `FrozenBackbone`
-            in the model.
+        backbone: The layer, model or list of layers to unfreeze, their names, or a function of the
+            model that returns them. Defaults to every `FrozenBackbone` in the model.
         monitor: String. The quantity in the logs to judge convergence by. Defaults to `None`:
             `"val_loss"`, or `"loss"` without `validation_data`.
         patience: Int. Epochs without improvement after which the head has converged. Defaults to

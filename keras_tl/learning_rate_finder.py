@@ -11,11 +11,11 @@ import keras
 import numpy as np
 
 from keras_tl import internals, switching
-from keras_tl.backbones import Backbones
+from keras_tl.backbones import BackboneOf, Backbones
 from keras_tl.convergence import check_count
 from keras_tl.learning_rates import check_number
 from keras_tl.optimizers import GroupOptimizer
-from keras_tl.selecting import Backbone, Selection, is_built
+from keras_tl.selecting import Selection, is_built
 from keras_tl.warm_up import check_can_be_set
 
 
@@ -25,7 +25,7 @@ def find_learning_rate(
     y: Any = None,
     *,
     layers: Selection | None = None,
-    backbone: Backbone | None = None,
+    backbone: BackboneOf | None = None,
     train_batchnorm: bool = False,
     batch_size: int | None = None,
     sample_weight: Any = None,
@@ -49,8 +49,9 @@ def find_learning_rate(
         y: Targets, as `fit` takes them.
         layers: Which layers of the backbone train besides the head, to test a stage that is not
             reached yet; see `FrozenBackbone.unfreeze`. Defaults to `None`: what is trainable now.
-        backbone: The layer, model or list of layers that `layers` are of. Defaults to every
-            `FrozenBackbone` in the model.
+        backbone: The layer, model or list of layers that `layers` are of, their names, or a
+            function of the model that returns them. Defaults to every `FrozenBackbone` in the
+            model.
         train_batchnorm: Bool. Whether BatchNormalization layers in a `FrozenBackbone` train their
             gamma and beta in that stage. Defaults to `False`.
         batch_size: Int or None, as in `fit`.

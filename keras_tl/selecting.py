@@ -90,7 +90,8 @@ def check_selection(layers: Selection, argument: str = "layers") -> None:
         received = [layer.name for layer in given]
         raise ValueError(
             f"`{argument}` goes by names, and not by the layers themselves. Received the layers "
-            f"{received}: pass `{argument}={received}`; nested layers are named `outer/inner`. {ALLOWED}"
+            f"{received}: pass `{argument}={received}`; nested layers are named `outer/inner`. "
+            f"{ALLOWED}"
         )
     kinds = (str, int, re.Pattern)
     names = isinstance(layers, Sequence) and all(isinstance(name, str) for name in layers)

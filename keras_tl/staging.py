@@ -9,11 +9,11 @@ from collections.abc import Mapping, Sequence
 import keras
 
 from keras_tl import freezing, internals, switching
-from keras_tl.backbones import Backbones, changeable_weights
+from keras_tl.backbones import BackboneOf, Backbones, changeable_weights
 from keras_tl.best_weights import BestWeights
 from keras_tl.learning_rates import LayerwiseLearningRates, LearningRate
 from keras_tl.optimizers import GroupOptimizer
-from keras_tl.selecting import Backbone, is_built
+from keras_tl.selecting import is_built
 from keras_tl.stages import DEFAULT_RATE, Stage
 from keras_tl.warm_up import check_can_be_set, learning_rate_of
 
@@ -31,7 +31,8 @@ class StagedModel:
         stages: List of `Stage`.
         exactly: Bool. Whether in each stage just its layers of the backbone train, or they join
             what trains already.
-        backbone: A layer, model or list of layers of the model. None means each `FrozenBackbone`.
+        backbone: A layer, model or list of layers of the model, names of these, or a function of
+            the model. None means each `FrozenBackbone`.
         optimizer: An optimizer to use instead of a copy of the compiled one.
 
     Raises:
@@ -45,7 +46,7 @@ class StagedModel:
         stages: Sequence[Stage],
         *,
         exactly: bool,
-        backbone: Backbone | None = None,
+        backbone: BackboneOf | None = None,
         optimizer: keras.Optimizer | None = None,
     ):
         if model.optimizer is None:
@@ -90,6 +91,27 @@ class StagedModel:
                 )
             if self._optimizer is None:
                 switching.renew_optimizer(compiled)
+
+    def try_switches(self, stage: int) -> None:
+        """Raises now what the switches after a stage would raise. The model stays as it is.
+
+        Of a model that is not built, only the optimizers are tried.
+        """
+        if not is_built(self._model):
+            self._try_optimizers()
+            return
+        goes_on = self._keeps_groups or any(
+            one.head_learning_rate is not None for one in self._stages
+        )
+        with switching.only_tried(self._model, built=goes_on):
+            for number in range(stage + 1, len(self._stages) + 1):
+                self._switch_to(number)
+
+    def _try_optimizers(self) -> None:
+        if self._optimizer is None and not self._keeps_groups:
+            for stage in self._stages:
+                rate = None if isinstance(stage.learning_rate, Mapping) else stage.learning_rate
+                switching.renew_optimizer(self._model.optimizer, rate)
 
     def freeze_untouched(self) -> bool:
         """Freezes a plain backbone that nobody has frozen yet. Returns whether there was one."""
@@ -140,26 +162,29 @@ class StagedModel:
 
     def enter(self, number: int, best: BestWeights | None = None) -> None:
         """Goes to a stage, from the best weights of the one before on, or changes nothing."""
-        stage = self._stages[number - 1]
-        before = list(self._model.trainable_weights)
         with switching.all_or_nothing(self._model, changeable_weights(self._model)):
             if best is not None:
                 best.restore_stage()
-            if self._exactly:
-                self.backbones.freeze()
-            self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
-            after = self._model.trainable_weights
-            changing = [*freezing.without(after, before), *freezing.without(before, after)]
-            own_rate = self._optimizer is not None and not self._exactly
-            switching.renew_training(
-                self._model,
-                None if own_rate or self._keeps_groups else self._rate_of(stage),
-                head_learning_rate=stage.head_learning_rate,
-                optimizer=self._optimizer,
-                trained=before,
-                group=self._group(number),
-                keep_evaluation=not any(weight.regularizer for weight in changing),
-            )
+            self._switch_to(number)
+
+    def _switch_to(self, number: int) -> None:
+        stage = self._stages[number - 1]
+        before = list(self._model.trainable_weights)
+        if self._exactly:
+            self.backbones.freeze()
+        self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
+        after = self._model.trainable_weights
+        changing = [*freezing.without(after, before), *freezing.without(before, after)]
+        own_rate = self._optimizer is not None and not self._exactly
+        switching.renew_training(
+            self._model,
+            None if own_rate or self._keeps_groups else self._rate_of(stage),
+            head_learning_rate=stage.head_learning_rate,
+            optimizer=self._optimizer,
+            trained=before,
+            group=self._group(number),
+            keep_evaluation=not any(weight.regularizer for weight in changing),
+        )
 
     def go_back(self) -> None:
         """Goes to stage 0, with a new optimizer of the kind that the head had."""

@@ -18,6 +18,8 @@ The Keras internals that this needs are in `internals`.
 from __future__ import annotations
 
 import contextlib
+import gc
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -59,7 +61,8 @@ def renew_optimizer(
         A new optimizer of the same class.
 
     Raises:
-        ValueError: If the learning rate is not one, or the optimizer has several.
+        ValueError: If the learning rate is not one, the optimizer has several, or it cannot be made
+            from its configuration.
 
     Example:
 
@@ -89,10 +92,40 @@ def _renewed(optimizer: keras.Optimizer, learning_rate: LearningRate | None) -> 
     config = internals.optimizer_config(optimizer)
     if learning_rate is not None:
         config["learning_rate"] = check_learning_rate(learning_rate)
-    new = type(optimizer).from_config(config)
+    new = _from_config(optimizer, config)
     internals.copy_weight_decay_exclusions(optimizer, new)
     set_first_step(new, 0)
     return new
+
+
+def _from_config(optimizer: keras.Optimizer, config: dict[str, Any]) -> keras.Optimizer:
+    kind = type(optimizer).__name__
+    message = (
+        f"A switch needs a new optimizer like {optimizer.name!r}, and {kind} cannot be made from "
+        f"what its `get_config` returns ({{}}). Have it return all arguments of {kind}, or pass "
+        "`optimizer=` with another optimizer to fine-tune with."
+    )
+    try:
+        new = type(optimizer).from_config(config)
+    except (TypeError, ValueError, LookupError, AttributeError, NotImplementedError) as error:
+        raise ValueError(message.format(f"{type(error).__name__}: {error}")) from error
+    lost = _lost_arguments(optimizer, new, config)
+    if lost:
+        raise ValueError(message.format(f"it lacks {', '.join(lost)}"))
+    return new
+
+
+def _lost_arguments(
+    optimizer: keras.Optimizer, new: keras.Optimizer, config: Mapping[str, Any]
+) -> list[str]:
+    """Returns the arguments that the configuration lacks, and that are others in the new one."""
+    lost = []
+    for name in inspect.signature(type(optimizer).__init__).parameters:
+        if name not in config and hasattr(optimizer, name):
+            before, after = getattr(optimizer, name), getattr(new, name, None)
+            if isinstance(before, (bool, int, float, str)) and before != after:
+                lost.append(name)
+    return lost
 
 
 def check_fresh(optimizer: Any) -> None:
@@ -334,6 +367,37 @@ def all_or_nothing(model: keras.Model, weights: Iterable[keras.Variable] = ()) -
     except BaseException:
         put_back()
         raise
+
+
+@contextlib.contextmanager
+def only_tried(model: keras.Model, *, built: bool = False) -> Iterator[None]:
+    """A context after which the model is as it was before, and other models have noticed nothing.
+
+    For a switch that is tried before the first step: what can fail in it fails here. Nothing is
+    traced, and the optimizers that it makes are given up. The values of the model's weights are not
+    kept: a switch without best weights does not write them.
+
+    Args:
+        model: A compiled and built model.
+        built: Bool. Whether the switch needs a built optimizer to go on from, as it would find one.
+    """
+    put_back = _remember(model, ())
+    restore_random_state = internals.random_state()
+    try:
+        with internals.functions_kept():
+            if built and not model.optimizer.built:
+                with internals.strategy_scope(model):
+                    # A copy: the model's own is built by the first step, for what trains then.
+                    model.optimizer = renew_optimizer(
+                        model.optimizer, variables=model.trainable_variables
+                    )
+            yield
+    finally:
+        put_back()
+        restore_random_state()
+        if built:
+            # Groups refer to themselves: without this, their slots would stay for a while.
+            gc.collect()
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_tl import internals
 
@@ -23,6 +24,7 @@ class MonitoredValue:
         self._monitor = monitor
         self._mode = mode
         self._model = model
+        self._read = False
         self._seen = False
         self._warned = False
 
@@ -48,7 +50,12 @@ class MonitoredValue:
             self._mode = "max" if probe.best == 1.0 else "min"
         return self._mode
 
-    def read(self, logs: dict[str, Any], *, last_epoch: bool) -> float | None:
+    @property
+    def seen(self) -> bool:
+        """Whether the logs have had it."""
+        return self._seen
+
+    def read(self, logs: dict[str, Any], *, validates: bool | None = None) -> float | None:
         """Returns the value, or None in an epoch in which `fit` did not validate.
 
         Of several processes that train one model, the first one's: all must decide the same, and
@@ -56,15 +63,17 @@ class MonitoredValue:
 
         Args:
             logs: The epoch's logs.
-            last_epoch: Bool. Whether no epoch comes after it.
+            validates: Bool or None. Whether `fit` has data to validate on; None if that is not
+                known.
 
         Raises:
-            ValueError: If it is sure that the logs never have the quantity. The message lists
-                what they have.
+            ValueError: In the first epoch, if it is sure that the logs never have the quantity (the
+                message lists what they have); and if it is not one number.
         """
+        first, self._read = not self._read, True
         if self._monitor in logs:
             self._seen = True
-            return float(internals.of_chief(float(logs[self._monitor])))
+            return float(internals.of_chief(_number(self._monitor, logs[self._monitor])))
         if self._seen:
             return None
         message = (
@@ -73,12 +82,35 @@ class MonitoredValue:
             "callback that adds it to the logs must come before this one."
         )
         validated = any(name.startswith("val_") for name in logs)
-        if validated or last_epoch or not self._monitor.startswith("val_"):
+        if first and (validated or self._never_comes(logs, validates)):
             raise ValueError(message)
-        if not self._warned:
+        # Later an error would lose what was trained: `fit` goes on to its normal end.
+        if not self._warned and (validated or not validates):
             self._warned = True
-            warnings.warn(f"{message} Waiting for an epoch with validation.", stacklevel=2)
+            waiting = "" if validated else " Waiting for an epoch with validation."
+            warnings.warn(f"{message}{waiting}", stacklevel=2)
         return None
+
+    def _never_comes(self, logs: dict[str, Any], validates: bool | None) -> bool:
+        """Whether no later epoch has it either, after one without validation.
+
+        What `fit` does not measure itself may be of a callback that validates now and then.
+        """
+        if not self._monitor.startswith("val_"):
+            return True
+        return validates is False and self._monitor.removeprefix("val_") in logs
+
+
+def _number(monitor: str, value: Any) -> float:
+    """Returns the number that a metric's result is, which may be an array of one element."""
+    array = np.asarray(keras.ops.convert_to_numpy(value))
+    if array.size != 1 or array.dtype.kind not in "fiub":
+        raise ValueError(
+            f"`monitor={monitor!r}` is not one number in the logs, but {value!r} (shape "
+            f"{array.shape}, dtype {array.dtype}). Monitor a metric that is one number, such as "
+            '`F1Score(average="macro")`.'
+        )
+    return float(array.reshape(()))
 
 
 def check_monitor(monitor: str, mode: str) -> None:

@@ -31,6 +31,8 @@ class Transition:
         frozen: Tuple of strings. The names of those that are frozen again.
         cannot_train: Tuple of strings. The paths of the weights of layers that train now which stay
             frozen whatever is unfrozen: quantized kernels, and kernels under LoRA.
+        unfrozen_early: Tuple of strings. The names of the layers that something else has unfrozen
+            in the stage that ended. Not all backends train such before the model is compiled again.
     """
 
     epoch: int
@@ -44,6 +46,7 @@ class Transition:
     layers: tuple[str, ...]
     frozen: tuple[str, ...] = ()
     cannot_train: tuple[str, ...] = ()
+    unfrozen_early: tuple[str, ...] = ()
     group_learning_rates: Mapping[str, tuple[float, float]] = dataclasses.field(
         default_factory=dict, hash=False
     )
@@ -79,10 +82,11 @@ class Transition:
         rate = f"{self.learning_rate_before:.4g} -> {self.learning_rate_after:.4g}"
         lines = {
             "because": why + best,
-            "joining": _layers(self.layers),
+            "joining": _layers(self.layers) or ("nothing" if self.unfrozen_early else ""),
+            "unfrozen early": _early(self.unfrozen_early),
             "frozen again": _layers(self.frozen),
             "cannot train": some(self.cannot_train),
-            "parameters": f"{self.trainable_before:,} -> {self.trainable_after:,} trainable",
+            "parameters": _parameters(self.trainable_before, self.trainable_after),
             "learning rate": f"{rate} ({groups})" if groups else rate,
             "next": then,
         }
@@ -99,6 +103,16 @@ def _with_tuples(value: Any) -> Any:
 
 def _range(lowest: float, highest: float) -> str:
     return f"{highest:.4g}" if lowest == highest else f"{lowest:.4g} to {highest:.4g}"
+
+
+def _early(names: tuple[str, ...]) -> str:
+    return f"{_layers(names)}; by something else, since the last stage began" if names else ""
+
+
+def _parameters(before: int, after: int) -> str:
+    if before == after:
+        return f"{after:,} trainable, as before"
+    return f"{before:,} -> {after:,} trainable"
 
 
 def _layers(names: tuple[str, ...]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import inspect
 import math
 import os
 import warnings
@@ -11,11 +14,12 @@ from typing import Any
 import keras
 
 from keras_tl import freezing, internals, switching
-from keras_tl.backbones import changeable_weights
+from keras_tl.backbones import BackboneOf, changeable_weights, names_of_layers
 from keras_tl.best_weights import BestWeights
 from keras_tl.callbacks import early_stops, observers, tensorboard
 from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
 from keras_tl.callbacks.neighbours import check_neighbours
+from keras_tl.callbacks.optimizer_use import OptimizerUse
 from keras_tl.callbacks.progress import Progress, read, read_count
 from keras_tl.callbacks.rate_watch import RateWatch
 from keras_tl.callbacks.run_backup import RunBackup, RunSnapshot
@@ -25,7 +29,7 @@ from keras_tl.callbacks.wording import what_next, why_ended, why_still_frozen
 from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
 from keras_tl.learning_rates import LearningRate
 from keras_tl.messages import say
-from keras_tl.selecting import Backbone, Selection, is_built
+from keras_tl.selecting import Selection, is_built
 from keras_tl.stages import DEFAULT_RATE, Stage, check_rate_is_default, check_stages
 from keras_tl.staging import GO_ON, StagedModel
 from keras_tl.warm_up import WarmUp, check_can_be_set, learning_rate_of
@@ -66,8 +70,10 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         learning_rate: Float, `LearningRateSchedule` or callable, as an optimizer takes it; or a
             dictionary from names of layers to floats, such as `layerwise_learning_rates` returns.
             The learning rate of stage 1. Defaults to `1e-5`.
-        backbone: The layer, model or list of layers to unfreeze. Defaults to every `FrozenBackbone`
-            in the model.
+        backbone: The layer, model or list of layers to unfreeze; their names in the model (of
+            nested ones `outer/inner`); or a function of the model that returns them. Names and
+            functions also serve where the model is made later, as in a KerasTuner search. Defaults
+            to every `FrozenBackbone` in the model.
         layers: Which layers of the backbone are unfrozen; see `FrozenBackbone.unfreeze`. Defaults
             to `"all"`.
         train_batchnorm: Bool. Whether BatchNormalization layers in a `FrozenBackbone` train their
@@ -164,11 +170,39 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
       Out-of-Distribution"
     """
 
+    # Of one `fit`, set when it begins: a copy has none of it.
+    _beside: list[keras.callbacks.Callback]
+    _staged: StagedModel
+    _monitored: MonitoredValue
+    _optimizer_use: OptimizerUse | None
+    _backup: RunBackup | None
+    _initial_epoch: int | None
+    _changeable: list[keras.Variable]
+    _trained: list[keras.Variable]
+    _prepared: bool
+    _rates: RateWatch
+    _done_before: int
+    _identity: Any
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Has the hook of a subclass do what ours does, whether or not it calls `super()`."""
+        super().__init_subclass__(**kwargs)
+        hook = cls.on_train_batch_begin
+
+        @functools.wraps(hook)
+        def on_train_batch_begin(
+            self: UnfreezeAtConvergence, batch: int, logs: dict[str, Any] | None = None
+        ) -> None:
+            self._before_step(batch)
+            hook(self, batch, logs)
+
+        cls.on_train_batch_begin = on_train_batch_begin  # type: ignore[method-assign]
+
     def __init__(
         self,
         learning_rate: LearningRate | Mapping[str, float] = DEFAULT_RATE,
         *,
-        backbone: Backbone | None = None,
+        backbone: BackboneOf | None = None,
         layers: Selection = "all",
         train_batchnorm: bool = False,
         stages: Sequence[Stage | Mapping[str, Any]] | None = None,
@@ -204,8 +238,6 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if warmup_steps:
             rates = [stage.learning_rate for stage in self.stages]
             check_can_be_set("warmup_steps", *rates, optimizer)
-            # As an attribute: a hook that is always there would cost JAX its asynchronous dispatch.
-            self.on_train_batch_begin = self._on_train_batch_begin
         check_monitor(monitor, mode)
         check_min_delta(min_delta)
         check_count("patience", patience)
@@ -241,6 +273,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self._warm_up: WarmUp | None = None
         self._scheduled = stages is not None
         self._renewed_optimizer: keras.Optimizer | None = None
+        self._as_new = {name: one for name, one in vars(self).items() if name not in _SETTINGS}
 
     @property
     def stage(self) -> int:
@@ -256,6 +289,31 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def decided(self) -> bool:
         """Whether the next epoch begins with a switch."""
         return self._progress.switch_reason is not None
+
+    # Copies, as KerasTuner and scikit-learn make them: with these settings, and of no run.
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self._copied_attributes()
+        state["backbone"] = names_of_layers(self.backbone)
+        return state
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> UnfreezeAtConvergence:
+        state = self._copied_attributes()
+        # The layers are those of a model that is not copied, unless it has been just now.
+        backbone = state.pop("backbone")
+        several = isinstance(backbone, (list, tuple))
+        layers = [memo.get(id(one), one) for one in (backbone if several else [backbone])]
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        new.__dict__.update(copy.deepcopy(state, memo))
+        new.backbone = layers if several else layers[0]
+        return new
+
+    def _copied_attributes(self) -> dict[str, Any]:
+        """Settings as they are now, and what a subclass has added; the rest as in a new one."""
+        of_a_run = UnfreezeAtConvergence.__annotations__
+        kept = {name: one for name, one in vars(self).items() if name not in of_a_run}
+        return {**kept, **self._as_new}
 
     # Hooks, in the order in which `fit` calls them.
 
@@ -305,6 +363,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._find_stage()
         if self.stage == 0:
             self._staged.check_renewable(self.warmup_steps)
+        self._staged.try_switches(self.stage)
+        self._optimizer_use = OptimizerUse(self.model)
         self._initial_epoch = internals.initial_epoch(self.model)
         self._backup = None
         self._done_before = 0
@@ -320,22 +380,28 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._switch(epoch, self._progress.switch_reason)
         self._rates.epoch = epoch
 
-    def _on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        # On JAX the values are with the model only after this property was read.
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        super().on_train_batch_begin(batch, logs)  # Calls `on_batch_begin` of a subclass.
+        self._before_step(batch)
+
+    def _before_step(self, batch: int) -> None:
+        """What a step needs. May be called twice for one, by a subclass that calls `super()`."""
+        if batch > 0:
+            self._prepare()
+        # On JAX, reading `model` has `fit` give it its values, and wait for them: only if needed.
         if self._warm_up is not None and self.model and self._warm_up.before_step():
             self._warm_up = None
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
         logs = {} if logs is None else logs
         stopped_early = early_stops.stopped_early(self.model)
-        if not self._prepared:
-            # Keras builds a subclassed model in its first step, on TensorFlow.
-            self._prepared = True
-            self._staged.check_stages()
-            self._find_stage()
-            self._say_stage()
-        last_epoch = epoch + 1 == (self.params or {}).get("epochs")
-        value = self._monitored.read(logs, last_epoch=last_epoch)
+        self._prepare()
+        if self._optimizer_use is not None:
+            self._optimizer_use.check(self.model)
+            self._optimizer_use = None
+        data = internals.data_of_fit(self)
+        validates = "validation_data" in data if data else None
+        value = self._monitored.read(logs, validates=validates)
         logs.update(self._staged.learning_rates(self.stage))
         logs["stage"] = self.stage
         for name in logs:
@@ -364,7 +430,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if self.stage == 0:
             stopped = self.model.stop_training
             message = why_still_frozen(
-                self.monitor, self.patience, stopped=stopped, decided=self.decided
+                self.monitor,
+                self.patience,
+                stopped=stopped,
+                decided=self.decided,
+                seen=self._monitored.seen,
             )
             warnings.warn(message, stacklevel=2)
         elif self.stage < len(self.stages):
@@ -385,6 +455,16 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._backup.delete()
 
     # Before the first step.
+
+    def _prepare(self) -> None:
+        """Does what needs a built model: on TensorFlow the first step builds a subclassed one."""
+        if self._prepared:
+            return
+        self._prepared = True
+        self._staged.check_stages()
+        self._find_stage()
+        self._staged.try_switches(self.stage)
+        self._say_stage()
 
     def _find_stage(self) -> None:
         """Goes on in the stage that the model is in, as one loaded from it."""
@@ -407,6 +487,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def _begin_stage(self, stage: int) -> None:
         self._progress.begin_stage(stage)
         self._changeable = changeable_weights(self.model)
+        self._trained = list(self.model.trainable_weights)
 
     # The backup.
 
@@ -592,6 +673,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             frozen=self._staged.backbones.names_of(freezing.without(before, after)),
             cannot_train=tuple(weight.path for weight in self._staged.backbones.cannot_train()),
             group_learning_rates=self._staged.group_learning_rates(),
+            unfrozen_early=self._staged.backbones.names_of(freezing.without(before, self._trained)),
         )
         self.transitions.append(transition)
         why = self._described(reason)
@@ -633,3 +715,6 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def _say(self, message: str) -> None:
         if self.verbose:
             say(message)
+
+
+_SETTINGS = frozenset(inspect.signature(UnfreezeAtConvergence.__init__).parameters)

@@ -40,7 +40,9 @@ def what_next(monitor: str, patience: int | None, epochs: int | None, *, last: b
     return f"fine-tuning {' and '.join(ends)}, then {'the end' if last else 'the next stage'}"
 
 
-def why_still_frozen(monitor: str, patience: int, *, stopped: bool, decided: bool) -> str:
+def why_still_frozen(
+    monitor: str, patience: int, *, stopped: bool, decided: bool, seen: bool = True
+) -> str:
     """Returns the warning about a run that ended in stage 0.
 
     Args:
@@ -48,6 +50,7 @@ def why_still_frozen(monitor: str, patience: int, *, stopped: bool, decided: boo
         patience: Int. The patience of stage 0.
         stopped: Bool. Whether another callback has stopped training.
         decided: Bool. Whether stage 0 ended with the last epoch.
+        seen: Bool. Whether the monitored quantity was in the logs.
     """
     message = "UnfreezeAtConvergence: training ended with the backbone still frozen, because "
     if stopped:
@@ -58,6 +61,11 @@ def why_still_frozen(monitor: str, patience: int, *, stopped: bool, decided: boo
     if decided:
         return message + (
             "stage 0 ended with the last epoch. Pass more `epochs` to `fit` to fine-tune."
+        )
+    if not seen:
+        return message + (
+            f"{monitor} was never in the logs. Pass validation data to `fit`, a `monitor` that is "
+            "in the logs, or `max_frozen_epochs`."
         )
     return message + (
         f"{monitor} had not converged by the last epoch (patience={patience}). Pass more `epochs` "

@@ -12,6 +12,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tl.backbones import BackboneOf
 from keras_tl.convergence import check_count
 from keras_tl.features.identity import identity_of
 from keras_tl.features.parts import Parts
@@ -22,7 +23,6 @@ from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import DiskStore, MemoryStore
 from keras_tl.features.unnamed import folder_for
-from keras_tl.selecting import Backbone
 
 _DTYPES = (None, "float32", "float16", "bfloat16")
 _ON_WINDOWS = os.name == "nt"
@@ -49,8 +49,9 @@ class FeatureCache:
 
     Args:
         model: A Functional or built Sequential model with a frozen backbone, compiled or not.
-        backbone: The layer, model or list of layers to record the outputs of. Defaults to every
-            `FrozenBackbone` in the model.
+        backbone: The layer, model or list of layers to record the outputs of, their names, or a
+            function of the model that returns them. Defaults to every `FrozenBackbone` in the
+            model.
         cache_dir: String or path. The folder to keep features in. Defaults to `None`: in memory.
 
     Attributes:
@@ -83,7 +84,7 @@ class FeatureCache:
         self,
         model: keras.Model,
         *,
-        backbone: Backbone | None = None,
+        backbone: BackboneOf | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ):
         self._split = SplitModel(model, backbone)

@@ -8,9 +8,9 @@ from typing import Any
 import keras
 
 from keras_tl import internals, switching
-from keras_tl.backbones import Backbones
+from keras_tl.backbones import BackboneOf, Backbones
 from keras_tl.messages import some
-from keras_tl.selecting import Backbone, describe, flatten_layers
+from keras_tl.selecting import describe, flatten_layers
 
 
 class UncacheableError(ValueError):
@@ -22,7 +22,8 @@ class SplitModel:
 
     Args:
         model: A Functional or built Sequential model, compiled or not.
-        backbone: A layer, model or list of layers of the model. None means each `FrozenBackbone`.
+        backbone: A layer, model or list of layers of the model, names of these, or a function of
+            the model. None means each `FrozenBackbone`.
 
     Attributes:
         head: A model from the features to the outputs, compiled as the model is.
@@ -36,7 +37,7 @@ class SplitModel:
             train.
     """
 
-    def __init__(self, model: keras.Model, backbone: Backbone | None):
+    def __init__(self, model: keras.Model, backbone: BackboneOf | None):
         outputs = internals.graph_outputs(model)
         if outputs is None:
             raise UncacheableError(

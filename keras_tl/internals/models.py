@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
+import gc
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 
 from keras_tl.internals.checked import SINCE_3_15, checked
 from keras_tl.internals.imported import compute_output_spec
-from keras_tl.internals.optimizers import without_loss_scale
+from keras_tl.internals.optimizers import optimizer_weights, without_loss_scale
 
 
 def strategy_scope(model: keras.Model) -> contextlib.AbstractContextManager:
@@ -63,8 +66,9 @@ def renew_functions(model: keras.Model, *, keep_evaluation: bool) -> None:
 
     `fit` reads `train_function` at each step, so it must not be None. JAX and torch must not keep
     evaluation functions (on JAX they would map values to the wrong variables); TensorFlow may,
-    which spares a trace.
+    which spares a trace. Other models that share weights are seen to as well.
     """
+    renew_sharing(model.weights, besides=model, losses=not keep_evaluation)
     if not (keep_evaluation and keras.backend.backend() == "tensorflow"):
         model.test_function = None
         model.predict_function = None
@@ -72,6 +76,103 @@ def renew_functions(model: keras.Model, *, keep_evaluation: bool) -> None:
     flags = {layer: layer.trainable for layer in model._flatten_layers()}
     model._compiled_trainable_state.update(flags)
     model.make_train_function(force=True)
+
+
+# In a switch that is only tried, and while flags are looked up and put back.
+_kept = contextvars.ContextVar("kept", default=False)
+
+
+@contextlib.contextmanager
+def functions_kept() -> Iterator[None]:
+    """A context in which `renew_sharing` does nothing: for flags that are put back at its end."""
+    token = _kept.set(True)
+    try:
+        yield
+    finally:
+        _kept.reset(token)
+
+
+@checked(SINCE_3_15)
+def renew_sharing(
+    weights: Iterable[keras.Variable], *, besides: keras.Model | None = None, losses: bool = False
+) -> None:
+    """Has all models that share some of these weights compile their steps anew.
+
+    To be called when `trainable` flags of the weights change. On JAX, what a model has compiled
+    takes its weights by position among those that train and those that do not: it would take one
+    for another, without an error if they have the same shape. On TensorFlow, what is compiled holds
+    the weights themselves, but its loss has the regularizers of those that trained then.
+
+    Args:
+        weights: The weights.
+        besides: A model to leave alone.
+        losses: Bool. Whether regularizers are among what has changed.
+    """
+    on_jax = keras.backend.backend() == "jax"
+    stale_losses = losses and keras.backend.backend() == "tensorflow"
+    if _kept.get() or not (on_jax or stale_losses):
+        return
+    for model in _compiled_models(weights):
+        if model is besides:
+            continue
+        model.test_function = None
+        if on_jax:
+            # Of a `fit` that runs: the values that it has go by position too.
+            model.jax_state_sync()
+            model.predict_function = None
+            if model.train_function is not None:
+                model.train_function = _made_when_called(model)
+
+
+def _compiled_models(weights: Iterable[keras.Variable]) -> list[keras.Model]:
+    """Returns the living models that have compiled anything and share some of the weights.
+
+    No layer knows the models that it is in, so Python's garbage collector is asked. It takes about
+    0.1 s, and does not see what `gc.freeze` has hidden.
+    """
+    known = {id(weight) for weight in weights}
+    return [
+        one
+        for one in gc.get_objects()
+        if issubclass(type(one), keras.Model)
+        and any(vars(one).get(name) is not None for name in _COMPILED[1:])
+        and any(id(variable) in known for variable in one.variables)
+    ]
+
+
+def _made_when_called(model: keras.Model) -> Callable[[Any, Any], Any]:
+    """Returns a train function for JAX that is compiled at the first step, if it may be.
+
+    Not at once: the flags may be put back before. And not `None`, which a `fit` that runs would
+    call.
+    """
+
+    def train_function(state: Any, iterator: Any) -> Any:
+        trained = optimizer_weights(model.optimizer) or ()
+        if {id(one) for one in trained} == {id(one) for one in model.trainable_variables}:
+            model.make_train_function(force=True)
+            return model.train_function(state, iterator)
+        _put_back(model, state)
+        raise ValueError(
+            f'The model "{model.name}" was compiled and trained before layers in it, which another '
+            "model may share, were frozen or unfrozen, so its optimizer knows other weights than "
+            "train now. Compile it again."
+        )
+
+    return train_function
+
+
+def _put_back(model: keras.Model, state: Any) -> None:
+    """Gives the variables the values that `fit` on JAX has taken out of them for its steps."""
+    groups = (
+        model.trainable_variables,
+        model.non_trainable_variables,
+        model.optimizer.variables,
+        model.metrics_variables,
+    )
+    for variables, values in zip(groups, state, strict=True):
+        for variable, value in zip(variables, values, strict=True):
+            variable.assign(value)
 
 
 @checked(SINCE_3_15)
@@ -124,6 +225,19 @@ def keeps_no_optimizer(model: keras.Model) -> bool:
     of = type(model)
     overridden = of.compile is not keras.Model.compile
     return overridden and of.compile_from_config is keras.Model.compile_from_config
+
+
+def own_optimizers(model: keras.Model) -> list[str]:
+    """Returns the names of a model's attributes that hold optimizers other than `optimizer`."""
+    found = []
+    for name, value in vars(model).items():
+        held = value.values() if isinstance(value, dict) else value
+        several = list(held) if isinstance(value, (list, tuple, dict)) else [value]
+        if any(isinstance(one, keras.Optimizer) for one in several) and not any(
+            one is model.optimizer for one in several
+        ):
+            found.append(name.removeprefix("_"))
+    return found
 
 
 def own_methods(model: keras.Model) -> list[str]:

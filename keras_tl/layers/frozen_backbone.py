@@ -182,6 +182,7 @@ class FrozenBackbone(keras.layers.Layer):
         >>> [layer.name for layer in backbone.unfreeze("Conv_1")]
         ['Conv_1']
         """
+        internals.renew_sharing(self.weights)
         unfrozen = freezing.unfreeze(
             self.backbone, layers, train_batchnorm=train_batchnorm, hand_frozen=self.hand_frozen
         )
@@ -205,6 +206,7 @@ class FrozenBackbone(keras.layers.Layer):
         >>> _ = backbone.unfreeze()
         >>> backbone.freeze("block_1_.*")
         """
+        internals.renew_sharing(self.weights)
         freezing.freeze(self.backbone, layers)
         internals.set_layer_flag(self, bool(self.trainable_weights))
 

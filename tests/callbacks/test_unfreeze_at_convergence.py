@@ -620,14 +620,75 @@ def test_refuses_a_monitor_that_is_not_in_the_logs():
         fit(model, callback)
 
 
-def test_refuses_a_fit_without_validation_at_its_end_at_the_latest():
+def test_refuses_a_fit_without_validation_before_its_second_epoch():
     model, _ = build()
-    callback = UnfreezeAtConvergence(verbose=0)
+    callback, epochs = UnfreezeAtConvergence(verbose=0), Recorder(lambda model: None)
+    with pytest.raises(ValueError, match="'val_loss'.*is not in the logs.*validation data"):
+        fit(model, epochs, callback, epochs=3, validation_data=None)
+    assert len(epochs.records) == 1
+
+
+def test_a_fit_that_never_logs_what_a_callback_may_add_ends_as_any_other():
+    model, _ = build()
+    callback, ended = unfreezer(monitor="val_map"), Recorder(lambda model: None)
+    ended.on_train_end = lambda logs: ended.records.append("end")
     with (
-        pytest.warns(UserWarning, match="Waiting for an epoch with validation"),
-        pytest.raises(ValueError, match="'val_loss'.*is not in the logs.*validation data"),
+        pytest.warns(UserWarning, match="'val_map'.*Waiting for an epoch with validation"),
+        pytest.warns(UserWarning, match="val_map was never in the logs"),
     ):
-        fit(model, callback, epochs=3, validation_data=None)
+        history = fit(model, callback, ended, epochs=2, validation_data=None)
+    assert history.history["stage"] == [0, 0]
+    assert ended.records[-1] == "end"
+
+
+@pytest.mark.filterwarnings("error:`monitor")
+@pytest.mark.parametrize("validation_freq", [2, [2, 4]])
+def test_waits_without_a_word_for_epochs_with_validation(validation_freq):
+    model, _ = build()
+    callback = UnfreezeAtConvergence(1e-3, patience=1, min_delta=100.0, verbose=0)
+    history = fit(model, callback, epochs=5, validation_freq=validation_freq)
+    assert history.history["stage"] == [0, 0, 0, 0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:UnfreezeAtConvergence. training ended")
+def test_a_name_that_no_validation_logs_is_an_error_only_before_the_second_epoch():
+    model, _ = build()
+    callback = UnfreezeAtConvergence(monitor="val_acuracy", verbose=0)
+    with pytest.warns(UserWarning, match="'val_acuracy'` is not in the logs. Available.*val_loss"):
+        history = fit(model, callback, epochs=3, validation_freq=2)
+    assert history.epoch == [0, 1, 2]
+
+
+@pytest.mark.parametrize("of_backend", [False, True])
+def test_monitors_an_array_of_one_number(of_backend):
+    model, _ = build()
+    wrap = keras.ops.convert_to_tensor if of_backend else np.array
+    history = scripted_fit(model, unfreezer(), [wrap([value]) for value in [2.0, 1.0, 1.0, 1.0]])
+    assert history.history["stage"] == [0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("value", [np.zeros(3), np.zeros((0,)), "high"])
+def test_refuses_to_monitor_what_is_not_one_number(value):
+    model, _ = build()
+    with pytest.raises(ValueError, match="`monitor='score'` is not one number in the logs"):
+        scripted_fit(model, unfreezer(), [value, value])
+
+
+def test_says_what_something_else_has_unfrozen(capsys):
+    model, wrapper = build()
+    model.compile("adam", "mse")
+    callback = unfreezer(max_frozen_epochs=2, verbose=1)
+    unfreeze = keras.callbacks.LambdaCallback(
+        # Keras itself trains them only once the switch has renewed the optimizer.
+        on_epoch_end=lambda epoch, logs: epoch == 1 and wrapper.unfreeze("dense.*")
+    )
+    scripted_fit(model, callback, [1.0, 1.0, 1.0], unfreeze)
+    transition = callback.transitions[0]
+    assert transition.layers == ()
+    assert len(transition.unfrozen_early) == 2
+    said = capsys.readouterr().out
+    assert "joining        nothing" in said
+    assert "trainable, as before" in said
 
 
 def test_refuses_a_monitor_of_unknown_direction():
@@ -641,8 +702,12 @@ def test_a_switch_that_fails_leaves_the_model_as_it_was(monkeypatch):
     recorder = Recorder(values_of)
     callback = unfreezer(patience=2)
 
+    renew_functions = switching.internals.renew_functions
+
     def fail(*args, **kwargs):
-        raise MemoryError("no room for slots")
+        if recorder.records:  # Not when the switch is tried.
+            raise MemoryError("no room for slots")
+        renew_functions(*args, **kwargs)
 
     monkeypatch.setattr(switching.internals, "renew_functions", fail)
     with pytest.raises(MemoryError):

@@ -43,3 +43,8 @@ def test_why_a_stage_ended(reason, said):
 def test_why_a_run_ended_frozen(stopped, decided, said):
     message = why_still_frozen("loss", 4, stopped=stopped, decided=decided)
     assert said in message
+
+
+def test_why_a_run_ended_frozen_that_never_saw_what_it_monitors():
+    message = why_still_frozen("loss", 4, stopped=False, decided=False, seen=False)
+    assert "loss was never in the logs" in message
