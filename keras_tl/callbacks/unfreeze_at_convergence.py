@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import inspect
 import math
@@ -294,7 +295,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self._copied_attributes()
+        # Names, for a file holds no layer of a model that is somewhere else.
         state["backbone"] = names_of_layers(self.backbone)
+        state["stages"] = [
+            dataclasses.replace(one, learning_rate=dict(one.learning_rate))
+            if isinstance(one.learning_rate, Mapping)
+            else one
+            for one in self.stages
+        ]
         return state
 
     def __deepcopy__(self, memo: dict[int, Any]) -> UnfreezeAtConvergence:
