@@ -21,6 +21,7 @@ def wrapped(*layers, shape=(4,)):
 
 def record(model, folder, *data, **settings):
     settings = {"batch_size": 2, "shuffle": False, "verbose": 0, **settings}
+    settings = {"name": "0", **settings}  # Without one, other data has a folder of its own.
     return FeatureCache(model, cache_dir=folder)(*(data or (X, Y)), **settings)
 
 
