@@ -6,7 +6,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import keras
 
@@ -308,7 +308,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
     def __deepcopy__(self, memo: dict[int, Any]) -> GroupOptimizer:
         """Keeps functions and layers in `assign`, which no file holds: Keras copies by a file."""
         if self.built:
-            function, arguments = self.__reduce__()
+            function, arguments, *_ = cast(tuple, self.__reduce__())
             return function(*arguments)
         return self.renewed({name: copy.deepcopy(one, memo) for name, one in self._groups.items()})
 
@@ -361,11 +361,10 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         """Returns the group and scale that a file records of each variable, if it does."""
         if self._recorded is None:
             return [None] * len(variables)
-        known = [self._recorded.get(variable.path) for variable in variables]
-        if any(known) or not _renamed(self._members, variables):
-            return known
-        # Layers that are made anew have other numbers in their names, all in the same order.
-        return [(group, scale) for _, group, scale in self._members]
+        if _same_order(self._members, variables):
+            # Some have other paths: loading counts layers' names up, or leaves the model's out.
+            return [(group, scale) for _, group, scale in self._members]
+        return [self._recorded.get(variable.path) for variable in variables]
 
     def _resolve_scale(self, variable: keras.Variable, group: str) -> float:
         group_before, scale = self._kept.get(self._var_key(variable), (None, 1.0))
@@ -406,14 +405,19 @@ def _by_path(members: Sequence[tuple[str | None, str, float]]) -> dict[str, tupl
     }
 
 
-def _renamed(
+def _same_order(
     members: Sequence[tuple[str | None, str, float]], variables: Sequence[keras.Variable]
 ) -> bool:
-    """Whether variables can be those of a file, in order, under other paths."""
-    if len(members) != len(variables):
+    """Whether variables are those of a file in its order, as far as their paths tell."""
+    paths = [path for path, _, _ in members]
+    if len(paths) != len(variables):
         return False
-    pairs = zip(members, variables, strict=True)
-    return all(path is None or path.split("/")[-1] == one.name for (path, _, _), one in pairs)
+    known = set(paths)
+    return all(
+        path in (None, variable.path)
+        or (variable.path not in known and path.split("/")[-1] == variable.name)
+        for path, variable in zip(paths, variables, strict=True)
+    )
 
 
 def _set_learning_rate(

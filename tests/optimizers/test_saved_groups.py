@@ -151,3 +151,14 @@ def test_layers_with_other_numbers_in_their_names_keep_their_groups():
     loaded = GroupOptimizer.from_config(optimizer.get_config())
     loaded.build(other.trainable_variables)
     assert [loaded.group_of(v) for v in other.trainable_variables] == ["one"] * 2 + ["rest"] * 2
+
+
+def test_a_model_that_is_fine_tuned_with_groups_is_loaded_whatever_its_paths_become(tmp_path):
+    """The path of a Sequential model's layer is another one after loading."""
+    backbone = FrozenBackbone(models.functional(["dense"]))
+    model = keras.Sequential([keras.Input((4,)), backbone, keras.layers.Dense(1, name="head")])
+    model.compile(keras.optimizers.Adam(0.01), "mse")
+    arguments = {"monitor": "loss", "max_frozen_epochs": 1, "verbose": 0}
+    fit(model, UnfreezeAtConvergence(head_learning_rate=0.01, **arguments), epochs=2)
+    loaded = save_and_load(model, tmp_path)
+    assert groups(loaded) == groups(model) == ["backbone", "backbone", "head", "head"]
