@@ -88,8 +88,8 @@ def _same_outputs(expected: Any, found: Any) -> bool:
 
 
 def _same_loss(expected: float, found: float) -> bool:
-    settings = {"rtol": _LOSS_TOLERANCE, "atol": _SMALLEST_LOSS, "equal_nan": True}
-    return bool(np.isclose(found, expected, **settings))
+    near = np.isclose(found, expected, rtol=_LOSS_TOLERANCE, atol=_SMALLEST_LOSS, equal_nan=True)
+    return bool(near)
 
 
 @contextlib.contextmanager
