@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import keras
+import tensorflow as tf
 
+from keras_tl import internals
 from keras_tl.backbones import BackboneOf
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.callbacks.joint_fits import JointFits
 from keras_tl.convergence import check_count
 from keras_tl.features import FeatureCache
+from keras_tl.features.same_epochs import check_training_data, check_validation_data
 from keras_tl.features.splitting import UncacheableError
 from keras_tl.messages import say
 
@@ -25,6 +28,7 @@ def fine_tune(
     sample_weight: Any = None,
     *,
     validation_data: Any = None,
+    validation_split: float = 0.0,
     epochs: int = 100,
     learning_rate: Any = 1e-5,
     backbone: BackboneOf | None = None,
@@ -53,8 +57,10 @@ def fine_tune(
     `model.fit(..., callbacks=[UnfreezeAtConvergence(...), FreezeGuard()])` does.
 
     Where features cannot be recorded, the head trains through the backbone, and it is said why: if
-    there are random layers before the backbone's outputs, if the data is another each time that it
-    is read, as after augmentation, or if the model is subclassed. A model whose backbone is
+    there are random layers before the backbone's outputs; if an epoch may read other data than the
+    one before, as after augmentation, from a generator, or if `steps_per_epoch` is not one pass
+    over the data; if the model is subclassed, or gives something else for a batch than its layers
+    do, as one that prepares data in a `fit` of its own. A model whose backbone is
     trainable already, such as one saved while it was fine-tuned, goes on fine-tuning.
 
     Args:
@@ -65,6 +71,9 @@ def fine_tune(
         sample_weight: Sample weights, if `x` is arrays.
         validation_data: What convergence is judged by, as `fit` takes it. Defaults to `None`: it is
             judged by the training loss.
+        validation_split: Float between 0 and 1. The fraction of arrays to hold out as validation
+            data: the last part, taken before shuffling, as in `fit`. Without effect where there is
+            `validation_data`. Defaults to `0.0`.
         epochs: Int. How many epochs there are at the most, of both stages. Defaults to `100`.
         learning_rate: The learning rate of fine-tuning: a float, `LearningRateSchedule` or
             callable; or a dictionary from names of layers to floats, such as
@@ -83,8 +92,8 @@ def fine_tune(
         dtype: `"float16"` or `"bfloat16"`. The dtype to keep features in. Defaults to `None`: their
             own.
         batch_size: Int. Samples in a batch of arrays. Defaults to `None`: 32.
-        steps_per_epoch: Int. Batches in an epoch, of data without an end.
-        validation_steps: Int. Batches that are validated on, of data without an end.
+        steps_per_epoch: Int. Batches in an epoch, after which the next one goes on in the data.
+        validation_steps: Int. Batches that are validated on, always from the start of the data.
         shuffle: Bool. Whether each epoch is in a random order. The orders of a `tf.data.Dataset`
             or a generator are its own in fine-tuning. Defaults to `True`.
         class_weight: Dictionary from class indices to floats, as in `fit`.
@@ -126,10 +135,22 @@ def fine_tune(
     check_count("epochs", epochs, at_least=1)
     # A callback may change the working directory.
     cache_dir = None if cache_dir is None else os.path.abspath(cache_dir)
-    if isinstance(x, Iterator) and steps_per_epoch is None:
+    for argument, value in (
+        ("batch_size", batch_size),
+        ("steps_per_epoch", steps_per_epoch),
+        ("validation_steps", validation_steps),
+    ):
+        if value is not None:
+            check_count(argument, value, at_least=1)
+    if steps_per_epoch is None and _never_ends(x):
+        what = "A generator" if inspect.isgenerator(x) else f"A {type(x).__name__} without an end"
         raise ValueError(
-            "A generator needs `steps_per_epoch`: it is read in several epochs, and must not end. "
-            "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset`."
+            f"{what} needs `steps_per_epoch`: it is read in several epochs, and must not end. "
+            "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset` that has a length."
+        )
+    if validation_split and validation_data is None:
+        (x, y, sample_weight), validation_data = internals.held_out(
+            x, y, sample_weight, validation_split
         )
     says = 1 if verbose == "auto" else verbose
     switch = UnfreezeAtConvergence(
@@ -153,7 +174,10 @@ def fine_tune(
     fits.begin()
     steps = None
     if switch.stage == 0 and not switch.decided:
+        put_back_random_state = internals.random_state()
         try:
+            check_training_data(x, y, sample_weight, batch_size=batch_size, steps=steps_per_epoch)
+            check_validation_data(validation_data, steps=validation_steps)
             cache = FeatureCache(model, backbone=backbone, cache_dir=cache_dir)
             record = functools.partial(cache, batch_size=batch_size, dtype=dtype, verbose=says)
             features = record(
@@ -176,6 +200,7 @@ def fine_tune(
                     name="validation",
                 )
         except UncacheableError as error:
+            put_back_random_state()
             if says:
                 say(f"fine_tune trains the head through the backbone. {error}")
         else:
@@ -204,3 +229,12 @@ def fine_tune(
     )
     fits.end()
     return fits.history
+
+
+def _never_ends(x: Any) -> bool:
+    """Whether data has no end, as far as that can be known before it is read."""
+    if isinstance(x, keras.utils.PyDataset):
+        return x.num_batches is None
+    return inspect.isgenerator(x) or (
+        isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY
+    )

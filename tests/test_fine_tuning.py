@@ -1,6 +1,7 @@
 """The whole of transfer learning in one call is, bit for bit, the same in one `fit`."""
 
 import csv
+import re
 
 import keras
 import numpy as np
@@ -354,13 +355,16 @@ def test_says_nothing_when_it_is_told_so(capsys):
         ({"dtype": "int8"}, "`dtype` must be one of"),
         ({"backbone": keras.layers.Dense(1)}, "is not part of the model"),
         ({"epochs": 0}, "epochs"),
+        ({"batch_size": 0}, "`batch_size` must be an int of at least 1. Received: batch_size=0"),
+        ({"steps_per_epoch": 0}, "`steps_per_epoch` must be an int of at least 1"),
+        ({"validation_steps": -1}, "`validation_steps` must be an int of at least 1"),
     ],
 )
 def test_bad_input_before_any_step(argument, message, batches_extracted):
     model = build()
     before = values_of(model)
     with pytest.raises(ValueError, match=message):
-        fine_tune(model, X, Y, **SETTINGS, **argument)
+        fine_tune(model, X, Y, **{**SETTINGS, **argument})
     assert batches_extracted == []
     assert values_of(model) == before
 
@@ -468,3 +472,172 @@ def test_a_layer_that_is_moved_is_caught_by_the_guard_that_is_added():
     model, average = build_with_teacher()
     with pytest.raises(FrozenWeightsChangedError, match=r"`FreezeGuard\(exclude=...\)`"):
         fine_tune(model, X, Y, epochs=2, callbacks=average, verbose=0)
+
+
+class Scaling(keras.Model):
+    """Prepares data in its own `fit`, for layers that expect prepared data, as KerasHub's tasks."""
+
+    def fit(self, x=None, y=None, validation_data=None, **settings):
+        return super().fit(x / 255, y, validation_data=(VALIDATION[0] / 255, Y[:16]), **settings)
+
+
+class ScalingUnseen(keras.Model):
+    """Does the same in a place that no list of methods names."""
+
+    def _standardize_inputs(self, inputs):
+        return super()._standardize_inputs(inputs / 255.0)
+
+
+def scaling(kind):
+    def make():
+        keras.utils.set_random_seed(0)
+        inputs = keras.Input((4,))
+        x = FrozenBackbone(models.functional(["dense"]))(inputs)
+        model = kind(inputs, keras.layers.Dense(1)(x), name="functional")
+        model.compile(keras.optimizers.Adam(0.02), "mse", metrics=["mae"])
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize(
+    "kind, why",
+    [(Scaling, "has its own fit"), (ScalingUnseen, "`predict` of the model.*gives something else")],
+)
+def test_a_model_that_prepares_data_first(kind, why, capsys, batches_extracted):
+    inputs = X * 255
+
+    def run(train, **settings):
+        return train(inputs, Y, epochs=4, **{**SETTINGS, **settings}).history
+
+    switch = UnfreezeAtConvergence(max_frozen_epochs=2, fine_tune_patience=3, verbose=0)
+    expected = run(scaling(kind)().fit, callbacks=[switch])
+    model = scaling(kind)()
+    found = run(lambda *data, **rest: fine_tune(model, *data, max_frozen_epochs=2, **rest))
+    assert found == expected
+    batches_extracted.clear()
+    run(lambda *data, **rest: fine_tune(scaling(kind)(), *data, **rest), verbose=2)
+    printed = capsys.readouterr().out
+    assert "trains the head through the backbone" in printed
+    assert re.search(why, printed)
+    assert len(batches_extracted) <= 1
+
+
+def repeated(batches=3):
+    return tf.data.Dataset.from_tensor_slices((X, Y)).batch(8).take(batches).repeat()
+
+
+@pytest.mark.parametrize(
+    "data, steps, recorded",
+    [
+        (lambda: (repeated(),), 2, False),
+        (lambda: (repeated(),), 3, True),
+        (lambda: (repeated(),), 4, False),
+        (lambda: (X, Y), 2, False),
+        (lambda: (X, Y), 3, True),
+        (lambda: (generator(),), 2, False),
+        (lambda: (Numbered(),), 2, False),
+        (lambda: (Numbered(),), 3, True),
+    ],
+)
+def test_an_epoch_reads_what_fit_reads(data, steps, recorded, batches_extracted):
+    run = {**SETTINGS, "steps_per_epoch": steps, "epochs": 5}
+    run["validation_data"], run["validation_steps"] = repeated(2), 1
+    run["batch_size"] = 8 if len(data()) == 2 else None
+    switch = UnfreezeAtConvergence(max_frozen_epochs=4, fine_tune_patience=3, verbose=0)
+    expected = build().fit(*data(), callbacks=[switch], **run).history
+    found = fine_tune(build(), *data(), max_frozen_epochs=4, **run).history
+    assert found == expected
+    assert bool(batches_extracted) == recorded
+
+
+def test_the_argument_that_keeps_features_from_being_recorded_is_named(capsys):
+    run = {"epochs": 2, "max_frozen_epochs": 1, "verbose": 2}
+    fine_tune(build(), repeated(), steps_per_epoch=2, **run)
+    assert "With `steps_per_epoch=2`, `fit` goes on in the data" in capsys.readouterr().out
+    fine_tune(build(), X, Y, validation_data=generator(), validation_steps=2, **run)
+    assert "Validation with `validation_steps=2` goes on" in capsys.readouterr().out
+
+
+class Numbered(keras.utils.PyDataset):
+    def __len__(self):
+        return 3
+
+    def __getitem__(self, index):
+        at = slice(8 * index, 8 * index + 8)
+        return X[at], Y[at]
+
+
+class Harder(Numbered):
+    """Each epoch has data of its own."""
+
+    epoch = 0
+
+    def __getitem__(self, index):
+        x, y = super().__getitem__(index)
+        return x * (1 + self.epoch // 3), y
+
+    def on_epoch_end(self):
+        self.epoch += 1
+
+
+def test_data_that_may_change_between_epochs_is_left_to_fit(batches_extracted):
+    run = {"epochs": 6, "shuffle": False, "verbose": 0, "validation_data": VALIDATION}
+    switch = UnfreezeAtConvergence(max_frozen_epochs=5, fine_tune_patience=3, verbose=0)
+    expected = build().fit(Harder(), callbacks=[switch], **run).history
+    assert fine_tune(build(), Harder(), max_frozen_epochs=5, **run).history == expected
+    assert batches_extracted == []
+
+
+class Iterating(Numbered):
+    """As `ImageDataGenerator.flow`: a PyDataset that can also be read as an iterator."""
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        raise StopIteration
+
+
+def test_a_py_dataset_that_is_an_iterator_is_no_generator(batches_extracted):
+    run = {"epochs": 3, "max_frozen_epochs": 2, "verbose": 0}
+    history = fine_tune(build(), Iterating(), validation_data=VALIDATION, **run)
+    assert history.history["stage"] == [0, 0, 1]
+    assert batches_extracted
+
+
+class Endless(keras.utils.PyDataset):
+    num_batches = None
+
+    def __getitem__(self, index):
+        return Numbered()[index % 3]
+
+
+def test_data_without_an_end_is_refused_before_any_step(batches_extracted):
+    for data in (repeated(), Endless()):
+        with pytest.raises(ValueError, match="without an end needs `steps_per_epoch`"):
+            fine_tune(build(), data, validation_data=VALIDATION)
+    assert batches_extracted == []
+
+
+def test_validation_split_holds_out_the_last_part_as_fit_does(batches_extracted):
+    weights = np.linspace(0.5, 1, 24).astype("float32")
+    run = {"epochs": 5, "batch_size": 8, "shuffle": False, "verbose": 0, "validation_split": 0.3}
+    run["sample_weight"] = weights
+    switch = UnfreezeAtConvergence(max_frozen_epochs=3, fine_tune_patience=3, verbose=0)
+    expected = build().fit(X, Y, callbacks=[switch], **run).history
+    assert fine_tune(build(), X, Y, max_frozen_epochs=3, **run).history == expected
+    assert len(batches_extracted) == 2 + 1
+
+
+def test_the_direction_of_a_metric_is_known_as_in_fit():
+    keras.utils.set_random_seed(0)
+    model = models.functional_outer(FrozenBackbone(models.functional(["dense"])))
+    model.compile("adam", "binary_crossentropy", metrics=["accuracy"])
+    labels = (Y > 0).astype("float32")
+    stopping = keras.callbacks.EarlyStopping("val_accuracy", patience=9)
+    run = {"epochs": 3, "max_frozen_epochs": 2, "callbacks": stopping, "verbose": 0}
+    held_out = (VALIDATION[0], (VALIDATION[1] > 0).astype("float32"))
+    history = fine_tune(model, X, labels, validation_data=held_out, monitor="val_accuracy", **run)
+    assert history.history["stage"] == [0, 0, 1]
+    assert stopping.best == max(history.history["val_accuracy"])

@@ -62,7 +62,7 @@ class Extraction:
         self._dtype = dtype
         self._verbose = verbose
         self._extractor = split.extractor(training)
-        self._random = random
+        self._random, self._training = random, training
         self._check = None if random else _Constant(split.layers)
 
     def run(self) -> list[list[Shard]]:
@@ -134,6 +134,8 @@ class Extraction:
                 self._check_repeats(batch, features)
                 self._check = None  # One batch tells, and it costs as much as small batches do.
             arrays = self._arrays(batch, features)
+            if not self._source.agrees:
+                self._check_agrees(batch, features)
             if not packed:
                 layout = self._layout(arrays)
                 records = self._store.create(*layout, self._probe(batch, features))
@@ -158,6 +160,19 @@ class Extraction:
                 "once, every epoch would see the same. Pass `views=k` to record k passes, of which "
                 "each epoch draws; or train through the backbone."
             )
+
+    def _check_agrees(self, batch: Any, features: dict[str, Any]) -> None:
+        """Raises an UncacheableError if the model itself gives something else for a batch."""
+        # What layers do in training alone, `evaluate` does not show: then they are called as there.
+        ways = [None] if self._random else [features, None] if self._training else [features]
+        for way in ways:
+            try:
+                self._split.check_agrees(batch, way, arrays=self._source.fixed)
+                break
+            except UncacheableError:
+                if way is ways[-1]:
+                    raise
+        self._source.agrees = True
 
     def _probe(self, batch: Any, features: dict[str, Any]) -> Probe | None:
         if self._random:

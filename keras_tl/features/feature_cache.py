@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pathlib
 import re
@@ -159,8 +160,45 @@ class FeatureCache:
             OSError: If a shard cannot be written. Those finished before are kept.
         """
         self._check(dtype, views, shard, name)
+        for argument, value in (("batch_size", batch_size), ("steps", steps)):
+            if value is not None:
+                check_count(argument, value, at_least=1)
         self._split.check_constant()
         source = Source(x, y, sample_weight, batch_size=batch_size, steps=steps)
+        with contextlib.closing(source):
+            return self._recorded(
+                x,
+                source,
+                batch_size=batch_size,
+                shuffle=shuffle,
+                seed=seed,
+                dtype=dtype,
+                views=views,
+                training=training,
+                shard=shard,
+                name=name,
+                refresh=refresh,
+                check_data=check_data,
+                verbose=verbose,
+            )
+
+    def _recorded(
+        self,
+        x: Any,
+        source: Source,
+        *,
+        batch_size: int | None,
+        shuffle: bool,
+        seed: int | None,
+        dtype: str | None,
+        views: int | None,
+        training: bool,
+        shard: tuple[int, int] | None,
+        name: str | None,
+        refresh: bool,
+        check_data: bool,
+        verbose: int,
+    ) -> tf.data.Dataset:
         passes = views or 1
         if passes > 1 and not source.repeatable:
             raise ValueError(
@@ -182,6 +220,9 @@ class FeatureCache:
             verbose=verbose,
             read=samples,
         ).get(shard, check_data=check_data)
+        if source.first is not None and not source.agrees:
+            # What was recorded before may be of a model that prepares no data.
+            self._split.check_agrees(source.first, None, arrays=source.fixed)
         records = store.records or _records_of_nothing(self._split, source)
         by_pass = [[shard for part in parts for shard in part[view]] for view in range(passes)]
         reader = RecordReader(records, [shard for shards in by_pass for shard in shards])

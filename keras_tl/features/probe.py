@@ -73,10 +73,11 @@ class Probe:
 
 def same_features(some: dict[str, Any], others: dict[str, Any]) -> bool:
     """Whether features are the same but for rounding."""
-    return all(_same(np.asarray(some[name]), np.asarray(others[name])) for name in some)
+    return all(same_array(np.asarray(some[name]), np.asarray(others[name])) for name in some)
 
 
-def _same(one: np.ndarray, other: np.ndarray) -> bool:
+def same_array(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two arrays are the same but for rounding."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
     half = one.dtype.itemsize == 2

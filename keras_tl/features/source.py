@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Iterator
+import inspect
 from typing import Any
 
 import keras
@@ -29,6 +29,9 @@ class Source:
         batches: Int or None. How many batches there are, if that is known.
         repeatable: Bool. Whether the data can be read more than once.
         fixed: Bool. Whether it is arrays, which are the same each time.
+        first: The first batch of those that `samples` has read, None before.
+        agrees: Bool. Whether the model itself gave for a batch what its head gives for it.
+        close: Function that ends what reads the data now, to be called in the end.
         spec: `tf.TypeSpec`s of a batch, nested as it is.
 
     Raises:
@@ -44,11 +47,15 @@ class Source:
                 "Some of the targets are None, of which nothing can be recorded. Leave them out, "
                 "or train through the backbone."
             )
-        self._dataset, self.batches = internals.batches_of(x, y, sample_weight, batch_size, steps)
-        if self._dataset.cardinality() == tf.data.INFINITE_CARDINALITY:
+        self._dataset, self.batches, self.close = internals.batches_of(
+            x, y, sample_weight, batch_size, steps
+        )
+        if self.batches is None and _has_no_end(x, self._dataset):
             raise ValueError("The data has no end. Pass `steps`, the number of batches to record.")
-        self.repeatable = not isinstance(x, Iterator)
+        self.repeatable = not inspect.isgenerator(x)
         self.fixed = all(hasattr(array, "shape") for array in keras.tree.flatten(x))
+        self.first: Any = None
+        self.agrees = False
         self.spec = self._dataset.element_spec
         for spec in tf.nest.flatten(self.spec):
             if not isinstance(spec, tf.TensorSpec):
@@ -75,8 +82,15 @@ class Source:
         """Reads a part of the data, or its first batches, and returns what tells it apart."""
         samples = Samples()
         for batch in self.part(index, count).take(-1 if batches is None else batches):
+            self.first = batch if self.first is None else self.first
             samples.add(Samples.of(batch))
         return samples
+
+
+def _has_no_end(x: Any, dataset: tf.data.Dataset) -> bool:
+    """Whether data of which the number of batches is not known is certain to have no end."""
+    endless = dataset.cardinality() == tf.data.INFINITE_CARDINALITY
+    return endless or isinstance(x, keras.utils.PyDataset)
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@ import keras
 
 from keras_tl import internals, switching
 from keras_tl.backbones import BackboneOf, Backbones
+from keras_tl.features.agreement import difference
 from keras_tl.messages import some
 from keras_tl.selecting import describe, flatten_layers
 
@@ -49,7 +50,8 @@ class SplitModel:
         if own:
             raise UncacheableError(
                 f'The model "{model.name}" (a {type(model).__name__}) has its own {some(own)}, '
-                "which its head would not have. Train through the backbone."
+                "which its head does not have: what that does with the data, such as preparing "
+                "it, would be left out of the record. Train through the backbone."
             )
         inputs = internals.graph_inputs(model)
         self._model = model
@@ -111,6 +113,27 @@ class SplitModel:
             f"{self._backbones.names} and train, so what is recorded would not stay right. Freeze "
             "their layers and compile the model again, or train through the backbone."
         )
+
+    def check_agrees(self, batch: Any, features: dict[str, Any] | None, *, arrays: bool) -> None:
+        """Raises an UncacheableError if the model gives something else for a batch than its head.
+
+        Args:
+            batch: A batch of the data, as `fit` takes it.
+            features: Dictionary of its features, if they are those of `evaluate`. None extracts
+                them.
+            arrays: Bool. Whether the data is arrays.
+        """
+        if features is None:
+            ((_, features),) = internals.predictions(self._extractors[False], [batch])
+        given = features if len(features) > 1 else next(iter(features.values()))
+        differs = difference(self._model, self.head, batch, given, arrays=arrays)
+        if differs is not None:
+            raise UncacheableError(
+                f'`{differs}` of the model "{self._model.name}" (a {type(self._model).__name__}) '
+                "gives something else for the first batch of the data than its layers do: it does "
+                "more than to call them, such as preparing the data first, which would be left "
+                "out of the record. Train through the backbone."
+            )
 
     def _check_no_loss(self, inputs: Any) -> None:
         """Raises an UncacheableError if layers up to the split add to the loss."""

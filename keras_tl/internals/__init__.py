@@ -5,8 +5,10 @@ function says what it touches and why no public route serves, and `checked` with
 """
 
 from keras_tl.internals.batches import (
+    batch_count,
     batches_of,
     constants_in,
+    held_out,
     predictions,
 )
 from keras_tl.internals.callback_list import (
@@ -48,6 +50,7 @@ from keras_tl.internals.models import (
     compiled_state,
     flags_when_compiled,
     functions_kept,
+    functions_set_aside,
     has_own_train_step,
     initial_epoch,
     install_optimizer,
@@ -101,6 +104,7 @@ __all__ = [
     "HeldInInference",
     "UnsupportedKerasError",
     "averages",
+    "batch_count",
     "batches_of",
     "bottlenecks",
     "call_context_kept",
@@ -122,12 +126,14 @@ __all__ = [
     "device_of",
     "flags_when_compiled",
     "functions_kept",
+    "functions_set_aside",
     "fused",
     "global_seed",
     "graph_inputs",
     "graph_outputs",
     "has_own_train_step",
     "has_settable_rate",
+    "held_out",
     "held_values",
     "in_all",
     "initial_epoch",

@@ -2,19 +2,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import queue
 import sys
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import keras
 import numpy as np
 
-from keras_tl.internals.imported import ArrayDataAdapter, get_data_adapter
+from keras_tl.internals.checked import SINCE_3_15, checked
+from keras_tl.internals.imported import (
+    ArrayDataAdapter,
+    get_data_adapter,
+    train_validation_split,
+)
+
+
+def batch_count(x: Any, y: Any, sample_weight: Any, batch_size: int | None) -> int | None:
+    """Returns how many batches `fit` sees in one pass over data, None if that is not known.
+
+    Args:
+        x: Whatever `fit` takes, but no generator: two of its batches would be lost.
+        y: Targets, if they are not in `x`.
+        sample_weight: Weights, if they are not in `x`.
+        batch_size: Int or None. For arrays; None is Keras' default.
+    """
+    return get_data_adapter(x, y, sample_weight, batch_size).num_batches
+
+
+def held_out(x: Any, y: Any, sample_weight: Any, split: float) -> tuple[Any, Any]:
+    """Returns arrays in two parts, as `validation_split` of `fit` does: to train and to validate.
+
+    Args:
+        x: Arrays.
+        y: Arrays or None.
+        sample_weight: Arrays or None.
+        split: Float. The fraction at the end that is held out.
+
+    Returns:
+        Two tuples `(x, y, sample_weight)`.
+    """
+    return train_validation_split((x, y, sample_weight), validation_split=split)
 
 
 def batches_of(
     x: Any, y: Any, sample_weight: Any, batch_size: int | None, steps: int | None
-) -> tuple[Any, int | None]:
+) -> tuple[Any, int | None, Callable[[], None]]:
     """Returns a `tf.data.Dataset` of the batches that `fit` would see, and how many there are.
 
     Args:
@@ -25,13 +60,93 @@ def batches_of(
         steps: Int or None. How many batches are used, of data that has no end.
 
     Returns:
-        The data set and the number of its batches, None if that is not known.
+        The data set, the number of its batches (None if that is not known), and a function that
+        ends what reads the data now.
     """
     adapter = get_data_adapter(x, y, sample_weight, batch_size, steps)
-    dataset, count = _dataset_of(adapter), adapter.num_batches
+    count = adapter.num_batches
+    if isinstance(x, keras.utils.PyDataset):
+        passes = _Passes(x)
+        dataset, close = _dataset_of_passes(adapter, passes), passes.close
+    else:
+        dataset, close = _dataset_of(adapter), _nothing
     if steps is None:
-        return dataset, count
-    return dataset.take(steps), steps if count is None else min(steps, count)
+        return dataset, count, close
+    return dataset.take(steps), steps if count is None else min(steps, count), close
+
+
+def _nothing() -> None:
+    """Does nothing."""
+
+
+class _Passes:
+    """Passes over a `PyDataset`, each with workers of its own, which end when it does.
+
+    The iterators that Keras makes share one queue. A pass that is left halfway leaves its rest
+    there, and its workers running: the next pass would take that rest, and then wait for ever for
+    batches that nobody reads.
+
+    Args:
+        dataset: The `PyDataset`.
+    """
+
+    def __init__(self, dataset: keras.utils.PyDataset):
+        self._dataset = dataset
+        self._lock = threading.Lock()
+        self._running: list[Any] = []
+
+    def __call__(self) -> Iterator[Any]:
+        """Yields the batches of a pass, as an epoch of `fit` without shuffling reads them."""
+        adapter = get_data_adapter(self._dataset)
+        self._running.append(adapter)
+        try:
+            adapter.on_epoch_begin()
+            yield from map(keras.tree.lists_to_tuples, adapter.get_numpy_iterator())
+        finally:
+            self._end(adapter)
+
+    def close(self) -> None:
+        """Ends the passes that are not at their end, such as after an error."""
+        for adapter in list(self._running):
+            self._end(adapter)
+
+    def _end(self, adapter: Any) -> None:
+        with self._lock:
+            if adapter not in self._running:
+                return
+            self._running.remove(adapter)
+        _stop_workers(adapter)
+        adapter.on_epoch_end()
+
+
+@checked(SINCE_3_15)
+def _stop_workers(adapter: Any) -> None:
+    """Ends the workers of a `PyDatasetAdapter`, if it has any, without waiting for their results.
+
+    `stop` of the queue waits for each result, of which a killed process never gives one, and ends
+    halfway at the first that is an error. Without waiting, the thread that fills the queue may
+    never find room to see that it is to end.
+    """
+    workers = adapter.enqueuer
+    thread = None if workers is None else workers.run_thread
+    if thread is None:
+        return
+    workers.stop(drain_queue_and_join=False)
+    while thread.is_alive():
+        with contextlib.suppress(queue.Empty):
+            workers.future_queue.get(timeout=0.05)
+
+
+def _dataset_of_passes(adapter: Any, passes: _Passes) -> Any:
+    import tensorflow as tf
+
+    like = adapter.get_tf_dataset()
+    spec = keras.tree.lists_to_tuples(like.element_spec)
+    dataset = tf.data.Dataset.from_generator(passes, output_signature=spec)
+    if adapter.enqueuer is None:
+        return dataset.prefetch(1)
+    # As Keras sets them: workers read ahead themselves, and TensorFlow's threads disturb them.
+    return dataset.with_options(like.options())
 
 
 def _dataset_of(adapter: Any) -> Any:

@@ -11,6 +11,7 @@ try:
     from keras.src.ops.function import Function
     from keras.src.optimizers.base_optimizer import clip_by_global_norm
     from keras.src.trainers.data_adapters import ArrayDataAdapter, get_data_adapter
+    from keras.src.trainers.data_adapters.array_slicing import train_validation_split
     from keras.src.utils.naming import to_snake_case
 except ImportError as error:
     raise UnsupportedKerasError(error, SINCE_3_15) from error
@@ -25,4 +26,5 @@ __all__ = [
     "global_state",
     "set_keras_mask",
     "to_snake_case",
+    "train_validation_split",
 ]

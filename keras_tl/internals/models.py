@@ -45,6 +45,27 @@ def set_compiled_state(model: keras.Model, state: dict[str, Any]) -> None:
     model._compiled_trainable_state.update(state["compiled_flags"])
 
 
+@contextlib.contextmanager
+def functions_set_aside(model: keras.Model) -> Iterator[None]:
+    """A context in which the model is evaluated by functions of its own, which are gone after it.
+
+    Those that it has are kept. On JAX, a function that stays would map values to the wrong
+    variables once other weights are trainable. On TensorFlow nothing is traced, where no strategy
+    needs it: that takes longer than the one step that is asked for.
+    """
+    names = ("test_function", "predict_function", "run_eagerly")
+    before = {name: getattr(model, name) for name in names}
+    model.test_function = model.predict_function = None
+    if keras.backend.backend() == "tensorflow":
+        alone = model.distribute_strategy.num_replicas_in_sync == 1
+        model.run_eagerly = before["run_eagerly"] or alone
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(model, name, value)
+
+
 @checked(SINCE_3_15)
 def install_optimizer(model: keras.Model, optimizer: keras.Optimizer) -> None:
     """Makes `optimizer` the model's, and the one that a saved model is loaded with.
@@ -240,6 +261,13 @@ def own_optimizers(model: keras.Model) -> list[str]:
     return found
 
 
+_TRAINING_METHODS = (
+    *("fit", "evaluate", "predict", "__call__", "call", "train_step", "test_step"),
+    *("make_train_function", "make_test_function", "compute_loss", "compute_metrics"),
+    *("get_metrics_result", "reset_metrics", "metrics"),
+)
+
+
 def own_methods(model: keras.Model) -> list[str]:
     """Returns the names of the methods with which a model is trained and that are not Keras'.
 
@@ -247,10 +275,9 @@ def own_methods(model: keras.Model) -> list[str]:
         model: A Functional or Sequential model, of a class of one's own or not.
     """
     base = next(one for one in type(model).__mro__ if one.__module__.startswith("keras."))
-    names = ("call", "train_step", "test_step", "compute_loss", "compute_metrics")
     return [
         name
-        for name in names
+        for name in _TRAINING_METHODS
         if getattr(type(model), name) is not getattr(base, name) or name in vars(model)
     ]
 

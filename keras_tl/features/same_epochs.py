@@ -1,0 +1,97 @@
+"""Whether each epoch of `fit` reads the same samples, so that a record of one stands for all."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from typing import Any
+
+import keras
+
+from keras_tl import internals
+from keras_tl.features.source import Samples, Source
+from keras_tl.features.splitting import UncacheableError
+
+
+def check_training_data(
+    x: Any, y: Any, sample_weight: Any, *, batch_size: int | None, steps: int | None
+) -> None:
+    """Raises an UncacheableError if an epoch may read other samples than the one before.
+
+    With `steps_per_epoch`, `fit` goes on in the data from epoch to epoch: only if an epoch is one
+    whole pass does each read the same.
+
+    Args:
+        x: Whatever `fit` takes.
+        y: Targets, if they are not in `x`.
+        sample_weight: Weights, if they are not in `x`.
+        batch_size: Int or None. For arrays.
+        steps: Int or None. The `steps_per_epoch` of `fit`.
+
+    Raises:
+        ValueError: If the data has no end, and `steps` is None.
+    """
+    _check_kind(x, f"`fit` with `steps_per_epoch={steps}`")
+    if steps is None:
+        return
+    batches = internals.batch_count(x, y, sample_weight, batch_size)
+    if batches is None and _repeats_after(x, steps):
+        return
+    if batches is None or steps < batches:
+        length = "has no known length" if batches is None else f"has {batches} batches"
+        remedy = "the number of batches in one pass" if batches is None else str(batches)
+        raise UncacheableError(
+            f"With `steps_per_epoch={steps}`, `fit` goes on in the data from epoch to epoch, so an "
+            f"epoch reads other samples than the one before: the data {length}. Pass "
+            f"`steps_per_epoch={remedy}`, or leave it out for data that ends, to record features."
+        )
+
+
+def check_validation_data(data: Any, *, steps: int | None) -> None:
+    """Raises an UncacheableError if a validation may read other samples than the one before.
+
+    Each validation begins at the start of the data, except of a generator.
+
+    Args:
+        data: `validation_data` of `fit`, or None.
+        steps: Int or None. The `validation_steps` of `fit`.
+    """
+    _check_kind(data, f"Validation with `validation_steps={steps}`")
+
+
+def _check_kind(x: Any, reader: str) -> None:
+    if inspect.isgenerator(x):
+        raise UncacheableError(
+            f"{reader} goes on in a generator from epoch to epoch, and nothing tells whether it "
+            "yields the same again. Pass arrays, a `tf.data.Dataset` or a `keras.utils.PyDataset` "
+            "to record features."
+        )
+    if not isinstance(x, keras.utils.PyDataset):
+        return
+    hooks = [
+        name
+        for name in ("on_epoch_begin", "on_epoch_end")
+        if getattr(type(x), name) is not getattr(keras.utils.PyDataset, name)
+    ]
+    if hooks:
+        raise UncacheableError(
+            f"The {type(x).__name__} has its own {' and '.join(hooks)}, so its samples may be "
+            "others in each epoch. Leave that out to record features: `shuffle=True` has each "
+            "epoch in a random order."
+        )
+    if x.num_batches is None:
+        raise UncacheableError(
+            f"{reader} goes on in a {type(x).__name__} without an end from epoch to epoch. Give it "
+            "a length, the number of batches in one pass, to record features."
+        )
+
+
+def _repeats_after(x: Any, steps: int) -> bool:
+    """Whether the second `steps` batches of data have the samples of the first."""
+    windows = Samples(), Samples()
+    source = Source(x, None, None, batch_size=None, steps=2 * steps)
+    for number, batch in enumerate(itertools.islice(source.part(0, 1), 2 * steps)):
+        windows[number // steps].add(Samples.of(batch))
+    first, second = windows
+    same_sizes = sorted(first.batches) == sorted(second.batches)
+    return same_sizes and first.difference(second) is None
