@@ -158,7 +158,7 @@ def test_a_model_that_was_trained_since_is_the_same_run(tmp_path):
         ({"layers": 1}, "the weights that train in stage 1 (not any more: "),
         ({"stages": [Stage(1, 1e-3), Stage("all", 1e-3)]}, "stages (was"),
     ],
-    ids=str,
+    ids=["rate", "mode", "patience", "head", "warm-up", "optimizer", "layers", "stages"],
 )
 def test_other_settings_of_the_callback(compare, callback, words):
     told = compare(now={"callback": callback})
