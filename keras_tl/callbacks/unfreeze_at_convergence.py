@@ -21,7 +21,7 @@ from keras_tl.callbacks import early_stops, observers, tensorboard
 from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
 from keras_tl.callbacks.neighbours import check_neighbours
 from keras_tl.callbacks.optimizer_use import OptimizerUse
-from keras_tl.callbacks.progress import Progress, read, read_count
+from keras_tl.callbacks.progress import Progress, read
 from keras_tl.callbacks.rate_watch import RateWatch
 from keras_tl.callbacks.run_backup import RunBackup, RunSnapshot
 from keras_tl.callbacks.run_identity import identity_of
@@ -580,7 +580,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         starts = read(state, "schedule_starts", dict)
         if starts.keys() != known.keys():
             raise ValueError("its 'schedule_starts' are of other parameter groups.")
-        return {group: read_count(starts, group) for group in starts}
+        # Below 0 where a schedule began before its group's step count did.
+        return {group: read(starts, group, int) for group in starts}
 
     def _read_warm_up(self, state: Mapping[str, Any]) -> WarmUp | None:
         rates = read(state, "warm_up", dict, type(None))

@@ -153,16 +153,14 @@ def test_a_group_without_weights_begins_its_schedule_when_some_join():
     np.testing.assert_allclose(history["learning_rate_rest"], expected, rtol=1e-6)
 
 
-def test_a_compiled_schedule_goes_on_when_a_plain_backbone_is_frozen():
+def test_a_compiled_schedule_goes_on_when_training_is_renewed():
     schedule = schedules.ExponentialDecay(0.1, 1, 0.9)
-    backbone = models.functional(["dense"])
-    model = models.functional_outer(backbone)
-    model.compile(keras.optimizers.Adam(schedule), "mse")
+    model = build(keras.optimizers.Adam(schedule), run_eagerly=True)
     fit(model, epochs=2)
-    ours = UnfreezeAtConvergence(backbone=backbone, monitor="loss", patience=9, verbose=0)
-    with pytest.warns(UserWarning, match="still frozen"):
-        history = fit(model, ours, epochs=2)
-    np.testing.assert_allclose(history["learning_rate"], values(schedule, [6, 8]), rtol=1e-6)
+    switching.renew_training(model)
+    fit(model, epochs=2)
+    rate = float(keras.ops.convert_to_numpy(model.optimizer.learning_rate))
+    np.testing.assert_allclose(rate, values(schedule, [8])[0], rtol=1e-6)
 
 
 @pytest.mark.parametrize(
