@@ -62,6 +62,10 @@ def functional(kinds):
     return keras.Model(inputs, x)
 
 
+def sequential_of(*layers):
+    return keras.Sequential([keras.Input((FEATURES,)), *layers])
+
+
 def sequential(kinds):
     return keras.Sequential([keras.Input((FEATURES,)), *[make_layer(kind) for kind in kinds]])
 

@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import re
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
 
 from keras_tl.internals.checked import SINCE_3_15, checked
-from keras_tl.internals.imported import (
-    get_keras_mask,
-    global_state,
-    set_keras_mask,
-    to_snake_case,
-)
+from keras_tl.internals.imported import get_keras_mask, global_state, to_snake_case
 
 
 @checked(SINCE_3_15)
@@ -126,13 +122,71 @@ class HeldInInference:
                     set_layer_flag(layer, True)
 
 
-def stop_gradient(x: Any) -> Any:
-    """Returns `keras.ops.stop_gradient(x)` with the mask that `x` carries, if any."""
-    stopped = keras.ops.stop_gradient(x)
-    mask = get_keras_mask(x)
-    if mask is not None:
-        set_keras_mask(stopped, mask)
-    return stopped
+@contextlib.contextmanager
+def not_watched(weights: Iterable[keras.Variable]) -> Iterator[None]:
+    """A context in which TensorFlow's gradient tapes do not watch the weights when they are read.
+
+    A tape goes by the flag of the `tf.Variable`, which stays set when Keras freezes the weight, and
+    so records each operation of a frozen backbone, in vain. What is computed from an input that is
+    watched is recorded all the same. The other backends see themselves what no gradient needs.
+    """
+    variables = _watched_variables(weights)
+    _set_watched(variables, False)
+    try:
+        yield
+    finally:
+        _set_watched(variables, True)
+
+
+@checked(SINCE_3_15)
+def _watched_variables(weights: Iterable[keras.Variable]) -> list[Any]:
+    if keras.backend.backend() != "tensorflow":
+        return []
+    # Not `value`, which is a copy where Keras casts what a layer reads.
+    values = [weight._value for weight in weights if weight._value is not None]
+    variables = [one for value in values for one in getattr(value, "values", [value])]
+    return [variable for variable in variables if variable.trainable]
+
+
+@checked(SINCE_3_15)
+def _set_watched(variables: Iterable[Any], flag: bool) -> None:
+    for variable in variables:
+        variable._trainable = flag
+
+
+@checked(SINCE_3_15)
+def take_call_signature(layer: keras.Layer, wrapped: keras.Layer) -> None:
+    """Has a layer take the call arguments of another, and `training` besides.
+
+    Keras reads a layer's signature once, when it is made, and goes by it ever after: it binds the
+    arguments to names, and fills in masks and what a model hands down to all of its layers.
+    """
+    parameters = list(wrapped._call_signature.parameters.values())
+    if "training" not in wrapped._call_signature.parameters:
+        training = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)
+        catches_all = bool(parameters) and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        parameters.insert(len(parameters) - catches_all, training)
+    layer._call_signature = inspect.Signature(parameters)
+    layer.call_signature_parameters = [parameter.name for parameter in parameters]
+    layer._call_has_mask_arg = "mask" in layer.call_signature_parameters
+    layer._call_context_args = layer._call_context_args | wrapped._call_context_args
+    layer._call_has_context_arg = {
+        name: name in layer.call_signature_parameters for name in layer._call_context_args
+    }
+    layer._allow_non_tensor_positional_args = wrapped._allow_non_tensor_positional_args
+
+
+@checked(SINCE_3_15)
+def training_by_name(
+    layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Returns a layer's call arguments such that `training` and what comes after it have names."""
+    names = list(layer._call_signature.parameters)
+    place = names.index("training") if "training" in names else len(names)
+    named = dict(zip(names[place:], args[place:]))
+    if named.get("training") is None:
+        named.pop("training", None)
+    return tuple(args[:place]), {**kwargs, **named}
 
 
 def mask_of(x: Any) -> Any | None:

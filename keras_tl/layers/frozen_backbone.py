@@ -13,9 +13,55 @@ import keras
 from keras_tl import freezing, internals
 from keras_tl.hand_frozen import NOTHING, HandFrozen, frozen_by_hand
 from keras_tl.messages import some
-from keras_tl.selecting import Selection, batchnorm_layers, no_such_layer
+from keras_tl.selecting import Selection, batchnorm_layers, flatten_layers, no_such_layer
 
 _INFERENCE_MODES = ("always", "batchnorm")
+
+
+@dataclasses.dataclass(frozen=True)
+class _CallArguments:
+    """What a layer is called with, tensors by shape and dtype, where that is more than one input.
+
+    A layer that takes more cannot be built by the shape of its first input.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _CallArguments | None:
+        kwargs = {
+            name: value
+            for name, value in kwargs.items()
+            if name != "training" and value is not None
+        }
+        if len(args) == 1 and not kwargs:
+            return None
+        return cls(*keras.tree.map_structure(_spec_of, (args, kwargs)))
+
+    def call(self, layer: keras.Layer) -> None:
+        args, kwargs = keras.tree.map_structure(_symbolic, (self.args, self.kwargs))
+        layer(*args, **kwargs, training=False)
+
+    def to_config(self) -> dict[str, Any]:
+        return keras.saving.serialize_keras_object({"args": list(self.args), "kwargs": self.kwargs})
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> _CallArguments:
+        config = keras.saving.deserialize_keras_object(config)
+        return cls(tuple(config["args"]), config["kwargs"])
+
+
+def _spec_of(value: Any) -> Any:
+    if not (hasattr(value, "shape") and hasattr(value, "dtype")):
+        return value
+    return keras.InputSpec(shape=value.shape, dtype=keras.backend.standardize_dtype(value.dtype))
+
+
+def _symbolic(value: Any) -> Any:
+    if not isinstance(value, keras.InputSpec):
+        return value
+    return keras.KerasTensor(value.shape, value.dtype)
 
 
 @keras.saving.register_keras_serializable(package="keras_tl")
@@ -31,8 +77,9 @@ class FrozenBackbone(keras.layers.Layer):
     a backbone of which others train, unless a selection names them (see `unfreeze`). A backbone
     that is frozen as a whole says nothing by that, and is unfrozen as a whole.
 
-    While nothing in it is trainable, its output carries `stop_gradient`. Layers placed *before* a
-    backbone that is wholly frozen therefore get no gradient.
+    It hides nothing of the backbone: it is called with the same arguments (masks, a second tensor,
+    states), and gradients pass through it to its inputs and to layers before it, frozen or not. A
+    compiled backbone keeps its loss and metrics to itself, as when it is nested plainly.
 
     Args:
         backbone: A Keras layer or model (Functional, Sequential, subclassed), of which the wrapper
@@ -47,6 +94,9 @@ class FrozenBackbone(keras.layers.Layer):
         name: String. The layer's name.
         **layer_kwargs: Arguments of `keras.layers.Layer`. `trainable=True` unfreezes all of the
             backbone, BatchNormalization included, as setting `trainable` does.
+
+    Call arguments:
+        As the backbone's, and `training`, which does not reach layers called later.
 
     Input shape:
         As the backbone's.
@@ -104,6 +154,9 @@ class FrozenBackbone(keras.layers.Layer):
         )
         self.inference_mode = inference_mode
         self.supports_masking = True
+        internals.take_call_signature(self, backbone)
+        _warn_of_losses_taken_over(backbone)
+        self._call_arguments: _CallArguments | None = None
         self.hand_frozen = frozen_by_hand(backbone)
         self._saved: _Saved | None = None
         self._batchnorm_in_inference = internals.HeldInInference(batchnorm_layers(backbone))
@@ -111,10 +164,16 @@ class FrozenBackbone(keras.layers.Layer):
         if trainable:
             self.trainable = True
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = internals.training_by_name(self, args, kwargs)
+        if not self.built:
+            self._call_arguments = _CallArguments.of(args, kwargs)
+        # Keras stores an explicit `training` for the layers after this one before it calls `call`.
+        with internals.call_context_kept():
+            return super().__call__(*args, **kwargs)
+
     def build(self, input_shape: Any) -> None:
-        if not self.backbone.built:
-            inputs = keras.tree.map_shape_structure(keras.KerasTensor, input_shape)
-            self.backbone(inputs, training=False)
+        self._build_backbone(input_shape)
         self._batchnorm_in_inference = internals.HeldInInference(batchnorm_layers(self.backbone))
         if self._saved is not None:
             self._restore(self._saved)
@@ -122,24 +181,36 @@ class FrozenBackbone(keras.layers.Layer):
             # Layers that the backbone made in its own `build` are trainable until now.
             freezing.freeze(self.backbone)
 
-    def call(self, inputs: Any, training: bool | None = None) -> Any:
-        frozen = not self.trainable_weights
-        if frozen or self.inference_mode == "always":
-            training = False
-        with internals.call_context_kept(), self._batchnorm_in_inference:
-            outputs = self.backbone(inputs, training=training)
-        if frozen:
-            outputs = keras.tree.map_structure(internals.stop_gradient, outputs)
-        return outputs
+    def call(self, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+        args, kwargs = internals.training_by_name(self, args, {"training": training, **kwargs})
+        if not self.trainable_weights or self.inference_mode == "always":
+            kwargs["training"] = False
+        trainable = {id(weight) for weight in self.backbone.trainable_weights}
+        frozen = [weight for weight in self.backbone.weights if id(weight) not in trainable]
+        with (
+            internals.call_context_kept(),
+            internals.not_watched(frozen),
+            self._batchnorm_in_inference,
+        ):
+            return self.backbone(*args, **kwargs)
 
-    def compute_output_shape(self, input_shape: Any) -> Any:
-        return self.backbone.compute_output_shape(input_shape)
+    def compute_output_shape(self, *shapes: Any, **named_shapes: Any) -> Any:
+        return self.backbone.compute_output_shape(*shapes, **named_shapes)
 
-    def compute_output_spec(self, inputs: Any, training: bool | None = None) -> Any:
-        return self.backbone.compute_output_spec(inputs)
+    def compute_output_spec(self, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
+        return self.backbone.compute_output_spec(*args, **kwargs)
 
     def compute_mask(self, inputs: Any, previous_mask: Any) -> None:
         """Returns None: the outputs carry the masks that the backbone gave them, or none."""
+
+    @property
+    def metrics(self) -> list[keras.Metric]:
+        """List of the wrapper's own metrics, of which it has none.
+
+        A model looks up those of the layers in the backbone itself, and passes over models, whose
+        compiled loss and metrics would take the place of its own.
+        """
+        return []
 
     @property
     def input_shape(self) -> Any:
@@ -210,6 +281,17 @@ class FrozenBackbone(keras.layers.Layer):
         freezing.freeze(self.backbone, layers)
         internals.set_layer_flag(self, bool(self.trainable_weights))
 
+    def get_build_config(self) -> dict[str, Any] | None:
+        config = super().get_build_config()
+        if config is not None and self._call_arguments is not None:
+            config["call_arguments"] = self._call_arguments.to_config()
+        return config
+
+    def build_from_config(self, config: dict[str, Any]) -> None:
+        if "call_arguments" in config:
+            self._call_arguments = _CallArguments.from_config(config["call_arguments"])
+        super().build_from_config(config)
+
     def get_config(self) -> dict[str, Any]:
         config = super().get_config()
         config.pop("trainable")
@@ -233,7 +315,7 @@ class FrozenBackbone(keras.layers.Layer):
                 backbone, custom_objects=custom_objects
             )
         layer = cls(backbone, **config)
-        if layer.backbone.built:
+        if _is_wholly_built(layer.backbone):
             layer._restore(saved)
         else:
             layer.hand_frozen = NOTHING
@@ -246,6 +328,15 @@ class FrozenBackbone(keras.layers.Layer):
         # A file of the same model without the wrapper may have the backbone's own weights here.
         if not internals.read_without_wrapper(store, self.backbone, "backbone"):
             super().load_own_variables(store)
+
+    def _build_backbone(self, input_shape: Any) -> None:
+        """Has the backbone make its weights, if it has not yet."""
+        if self._call_arguments is not None:
+            if not _is_wholly_built(self.backbone):
+                self._call_arguments.call(self.backbone)
+        elif not self.backbone.built:
+            inputs = keras.tree.map_shape_structure(keras.KerasTensor, input_shape)
+            self.backbone(inputs, training=False)
 
     def _to_save(self) -> _Saved:
         flags = None
@@ -285,6 +376,33 @@ class _Saved:
 
     hand_frozen: Any
     trainable_flags: Any
+
+
+def _is_wholly_built(layer: keras.Layer) -> bool:
+    """Whether all in the layer is built, which Keras takes for granted in a model it has loaded."""
+    return all(one.built for one in flatten_layers(layer))
+
+
+def _warn_of_losses_taken_over(backbone: keras.Layer) -> None:
+    """Warns of compiled models that Keras does not tell from the model around them.
+
+    A model passes over the metrics of models in it, but not over those of a layer, which has the
+    metrics of all that is in it.
+    """
+    for layer in flatten_layers(backbone):
+        if isinstance(layer, keras.Model):
+            continue
+        seen = {id(metric) for metric in layer.metrics}
+        for inner in flatten_layers(layer):
+            if isinstance(inner, keras.Model) and seen & {id(one) for one in inner.metrics}:
+                warnings.warn(
+                    f'The layer "{layer.name}" (a {type(layer).__name__}) holds the compiled model '
+                    f'"{inner.name}". In a layer that is no `keras.Model`, Keras takes its loss '
+                    "and metrics for those of the model that you train, with FrozenBackbone or "
+                    f'without. Load "{inner.name}" with `compile=False`, or set its `compiled` '
+                    "to False.",
+                    stacklevel=3,
+                )
 
 
 def _truncate(backbone: keras.Layer, output_layers: str | Sequence[str]) -> keras.Model:
