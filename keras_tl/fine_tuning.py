@@ -8,7 +8,6 @@ import os
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_tl import internals
 from keras_tl.backbones import BackboneOf
@@ -16,7 +15,7 @@ from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.callbacks.joint_fits import JointFits
 from keras_tl.convergence import check_count
 from keras_tl.features import FeatureCache
-from keras_tl.features.same_epochs import check_training_data, check_validation_data
+from keras_tl.features.same_epochs import check_training_data, check_validation_data, never_ends
 from keras_tl.features.splitting import UncacheableError
 from keras_tl.messages import say
 
@@ -142,7 +141,7 @@ def fine_tune(
     ):
         if value is not None:
             check_count(argument, value, at_least=1)
-    if steps_per_epoch is None and _never_ends(x):
+    if steps_per_epoch is None and never_ends(x):
         what = "A generator" if inspect.isgenerator(x) else f"A {type(x).__name__} without an end"
         raise ValueError(
             f"{what} needs `steps_per_epoch`: it is read in several epochs, and must not end. "
@@ -229,12 +228,3 @@ def fine_tune(
     )
     fits.end()
     return fits.history
-
-
-def _never_ends(x: Any) -> bool:
-    """Whether data has no end, as far as that can be known before it is read."""
-    if isinstance(x, keras.utils.PyDataset):
-        return x.num_batches is None
-    return inspect.isgenerator(x) or (
-        isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY
-    )

@@ -158,7 +158,7 @@ class LearningRateRange:
         losses = np.array(self.smoothed_losses[skipped:end])
         none: dict[str, float | None] = dict.fromkeys(("valley", "steepest", "minimum"))
         rise = _rise(self.losses)
-        if rise is not None and not _falls(self.losses, self.smoothed_losses[skipped:end]):
+        if rise is not None and not _falls(self.losses):
             return {**none, "rise": self.learning_rates[rise] / _BELOW}
         start, stop = _longest_fall(losses.tolist())
         if stop == start:
@@ -195,6 +195,8 @@ class LearningRateRange:
 _FIRST = 10
 # The last losses before the end are of a model that diverges.
 _LAST = 5
+# By how many standard errors the loss must fall for that to be no noise.
+_SURE = 5
 # So far below the rate from which on the loss rises is the one to train at.
 _BELOW = 2
 _SMOOTHING = 0.98
@@ -312,10 +314,20 @@ def _diverges(losses: Sequence[float], smoothed: Sequence[float], stop_at: float
     return float(np.median(losses[-_LAST:])) > limit + 4 * float(np.std(losses[:_FIRST]))
 
 
-def _falls(losses: Sequence[float], smoothed: Sequence[float]) -> bool:
-    """Whether the smoothed loss falls further than the losses of batches lie apart at first."""
-    first = np.asarray(losses[:_FIRST])
-    return float(first.mean()) - min(smoothed) > 2 * float(first.std())
+def _falls(losses: Sequence[float]) -> bool:
+    """Whether the loss falls further than the noise of batches explains.
+
+    Of the windows of as many losses as those at first, the lowest is held against these, by the
+    standard error of the difference. Among a hundred windows of mere noise one lies three of them
+    lower now and then, hence `_SURE`.
+    """
+    first, rest = np.asarray(losses[:_FIRST]), np.asarray(losses[_FIRST:])
+    if rest.size < _FIRST:
+        return bool(first.mean() > min(losses))
+    windows = np.lib.stride_tricks.sliding_window_view(rest, _FIRST)
+    falls = first.mean() - windows.mean(axis=1)
+    errors = np.sqrt((first.var() + windows.var(axis=1)) / _FIRST)
+    return bool((falls > _SURE * errors).any())
 
 
 def _rise(losses: Sequence[float]) -> int | None:

@@ -21,7 +21,7 @@ def layer_paths(backbone: Backbone) -> dict[str, keras.Layer]:
 
     Example:
 
-    >>> backbone = keras.Sequential([keras.Input((4,)), keras.layers.Dense(2), keras.layers.ReLU()])
+    >>> backbone = keras.Sequential([keras.layers.Dense(2), keras.layers.ReLU()])
     >>> list(layer_paths(backbone))
     ['', 'dense', 're_lu']
     """

@@ -60,7 +60,7 @@ def identity_of(
     names = inspect.signature(type(callback).__init__).parameters.keys() - _FREE - _OF_STAGES
     return {
         "versions": [keras.__version__, __version__],
-        "backend": keras.backend.backend(),
+        "backend": keras.config.backend(),
         "processes": internals.process_count(),
         "seed": internals.global_seed(),
         "model": model_configuration(model),

@@ -7,6 +7,7 @@ import itertools
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_tl import internals
 from keras_tl.features.source import Samples, Source
@@ -95,3 +96,12 @@ def _repeats_after(x: Any, steps: int) -> bool:
     first, second = windows
     same_sizes = sorted(first.batches) == sorted(second.batches)
     return same_sizes and first.difference(second) is None
+
+
+def never_ends(x: Any) -> bool:
+    """Returns whether data has no end, as far as that can be known before it is read."""
+    if isinstance(x, keras.utils.PyDataset):
+        return x.num_batches is None
+    return inspect.isgenerator(x) or (
+        isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY
+    )

@@ -253,7 +253,7 @@ class DiskStore:
     def finished(self, part: int, parts: int) -> list[int] | None:
         """Returns how many shards each pass has, or None if the part is not finished.
 
-        Notes of keras_tl 0.1.0 do not say which shards they are of. They count for nothing: each
+        Notes of the first version do not say which shards they are of. They count for nothing: each
         shard is compared with the data before it is used, as after an interruption.
         """
         try:
@@ -379,7 +379,7 @@ class DiskStore:
             raw, header = _header_of(file)
             if header["digest"] != self._digest:
                 raise ValueError("it was recorded with something else")
-            # Shards of keras_tl 0.1.0 do not know their place; see `finished`.
+            # Shards of the first version do not know their place; see `finished`.
             place = header.get("place", name.to_list())
             if place != name.to_list():
                 known = len(place) == len(name.to_list()) and all(map(is_count, place))

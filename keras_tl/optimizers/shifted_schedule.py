@@ -24,7 +24,7 @@ class ShiftedSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
     Example:
 
-    >>> schedule = ShiftedSchedule(keras.optimizers.schedules.PolynomialDecay(1.0, 4), 100)
+    >>> schedule = ShiftedSchedule(keras.optimizers.schedules.PolynomialDecay(1.0, 4, 0), 100)
     >>> [round(float(schedule(step)), 4) for step in (0, 100, 102)]
     [1.0, 1.0, 0.5]
     """
