@@ -33,6 +33,7 @@ from keras_tl.internals.imported import clip_by_global_norm
 from keras_tl.internals.layers import (
     HeldInInference,
     call_context_kept,
+    catches_inputs,
     is_lora_backbone,
     mask_of,
     name_without_count,
@@ -110,6 +111,7 @@ __all__ = [
     "batches_of",
     "bottlenecks",
     "call_context_kept",
+    "catches_inputs",
     "callbacks_beside",
     "called_again",
     "called_in_inference_mode",
