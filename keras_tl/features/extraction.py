@@ -62,7 +62,7 @@ class Extraction:
         self._dtype = dtype
         self._verbose = verbose
         self._extractor = split.extractor(training)
-        self._random, self._training = random, training
+        self._random = random
         self._check = None if random else _Constant(split.layers)
 
     def run(self) -> list[list[Shard]]:
@@ -163,15 +163,8 @@ class Extraction:
 
     def _check_agrees(self, batch: Any, features: dict[str, Any]) -> None:
         """Raises an UncacheableError if the model itself gives something else for a batch."""
-        # What layers do in training alone, `evaluate` does not show: then they are called as there.
-        ways = [None] if self._random else [features, None] if self._training else [features]
-        for way in ways:
-            try:
-                self._split.check_agrees(batch, way, arrays=self._source.fixed)
-                break
-            except UncacheableError:
-                if way is ways[-1]:
-                    raise
+        given = None if self._random else features
+        self._split.check_agrees(batch, given, arrays=self._source.fixed)
         self._source.agrees = True
 
     def _probe(self, batch: Any, features: dict[str, Any]) -> Probe | None:

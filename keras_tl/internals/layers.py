@@ -206,6 +206,30 @@ def catches_inputs(layer: keras.Layer) -> bool:
     return inspect.Parameter.VAR_POSITIONAL in kinds
 
 
+_HALF = ("float16", "bfloat16")
+
+
+def rounds_coarsely(layers: Iterable[keras.Layer]) -> bool:
+    """Whether what layers compute may be rounded as in half precision.
+
+    Their outputs may be of another dtype. On accelerators, float32 may be so too: GPUs round what
+    is multiplied to 10 bits (TF32), TPUs to 7.
+    """
+    return _on_accelerator() or any(
+        layer.compute_dtype in _HALF or getattr(layer, "quantization_mode", None) is not None
+        for layer in layers
+    )
+
+
+def _on_accelerator() -> bool:
+    if keras.backend.backend() != "torch":
+        devices = keras.distribution.list_devices()
+        return any(not device.lower().startswith("cpu") for device in devices)
+    import torch
+
+    return torch.cuda.is_available()
+
+
 def mask_of(x: Any) -> Any | None:
     """Returns the mask that a tensor carries, or None."""
     return get_keras_mask(x)
