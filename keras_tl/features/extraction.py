@@ -118,10 +118,12 @@ class Extraction:
         for batch in itertools.islice(group, len(recorded.batches)):
             found.add(Samples.of(batch))
             progress.add(found.batches[-1])
-        if found != recorded and isinstance(self._store, DiskStore):
+        same = self._source.same(recorded, found, random=self._random)
+        if not same and isinstance(self._store, DiskStore):
             regrouped = found.batches != recorded.batches and "the batch size"
             order = "the order of the samples, on which a resumed extraction depends"
-            raise self._store.stale(recorded.difference(found) or regrouped or order)
+            changed = recorded.difference(found, inputs=not self._random)
+            raise self._store.stale(changed or regrouped or order)
 
     def _extract(
         self, group: Iterator[Any], progress: _Progress
