@@ -113,9 +113,15 @@ def test_an_interrupted_extraction_goes_on_in_its_folder(model, tmp_path, batche
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
+NOISE = np.random.default_rng(0)
+
+
 def augmented(x, y):
-    noisy = tf.data.Dataset.from_tensor_slices((x, y))
-    return noisy.map(lambda a, b: (a + tf.random.normal(tf.shape(a)), b)).batch(2)
+    def samples():
+        yield from zip(x + NOISE.normal(size=x.shape), y)
+
+    spec = (tf.TensorSpec(x.shape[1:], "float32"), tf.TensorSpec(y.shape[1:], "float32"))
+    return tf.data.Dataset.from_generator(samples, output_signature=spec).batch(2)
 
 
 def interrupt(folder):
