@@ -175,7 +175,14 @@ def fine_tune(
     if switch.stage == 0 and not switch.decided:
         put_back_random_state = internals.random_state()
         try:
-            check_training_data(x, y, sample_weight, batch_size=batch_size, steps=steps_per_epoch)
+            check_training_data(
+                x,
+                y,
+                sample_weight,
+                batch_size=batch_size,
+                steps=steps_per_epoch,
+                random=views is not None,
+            )
             check_validation_data(validation_data, steps=validation_steps)
             cache = FeatureCache(model, backbone=backbone, cache_dir=cache_dir)
             record = functools.partial(cache, batch_size=batch_size, dtype=dtype, verbose=says)

@@ -234,6 +234,18 @@ def test_augmented_data_sets_train_through_the_backbone(capsys):
     assert "with other values each time" in capsys.readouterr().out
 
 
+def test_views_of_augmented_data_that_repeats(batches_extracted):
+    def samples():
+        for x, y in zip(X, Y):
+            yield x + np.random.normal(size=x.shape), y
+
+    spec = (tf.TensorSpec(X.shape[1:], "float32"), tf.TensorSpec(Y.shape[1:], "float32"))
+    data = tf.data.Dataset.from_generator(samples, output_signature=spec).batch(8).repeat()
+    run = {"steps_per_epoch": 3, "epochs": 2, "max_frozen_epochs": 1, "verbose": 0}
+    fine_tune(build(), data, views=2, **run)
+    assert len(batches_extracted) == 2 * 3
+
+
 def generator():
     while True:
         for at in range(0, 24, 8):

@@ -7,6 +7,7 @@ its instance, or in Keras, patched. So one batch tells, through the methods that
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +25,13 @@ _LOSS_TOLERANCE, _SMALLEST_LOSS = 5e-2, 1e-6
 
 
 def difference(
-    model: keras.Model, head: keras.Model, batch: Any, features: Any, *, arrays: bool
+    model: keras.Model,
+    head: keras.Model,
+    batch: Any,
+    features: Any,
+    *,
+    arrays: bool,
+    eager: bool = False,
 ) -> str | None:
     """Returns the method in which a model and its head differ by more than rounding, or None.
 
@@ -37,13 +44,17 @@ def difference(
         batch: A batch of the data, as `fit` takes it.
         features: What the head takes instead of the batch's inputs.
         arrays: Bool. Whether the data is arrays; otherwise both get a `tf.data.Dataset`.
+        eager: Bool. Whether both are evaluated without a compiler, wherever that is possible.
     """
     x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
     on_features = {"x": _dataset(features, y, weight)}
-    methods = {"predict": _same_outputs}
+    coarse = internals.rounds_coarsely(flatten_layers(model)) or any(
+        x.dtype.name in ("float16", "bfloat16") for x in keras.tree.flatten(features)
+    )
+    methods = {"predict": functools.partial(_same_outputs, coarse=coarse)}
     if y is not None and model.compiled:
         methods["evaluate"] = _same_loss
-    with _left_alone(model, head) as put_back:
+    with _left_alone(model, head, eager) as put_back:
         for method, same in methods.items():
             data = _arrays(x, y, weight, method) if arrays else {"x": _dataset(x, y, weight)}
             expected = _outcome(model, method, data)
@@ -82,9 +93,11 @@ def _dataset(x: Any, y: Any, weight: Any) -> tf.data.Dataset:
     return tf.data.Dataset.from_tensors(whole)
 
 
-def _same_outputs(expected: Any, found: Any) -> bool:
+def _same_outputs(expected: Any, found: Any, *, coarse: bool) -> bool:
     pairs = zip(keras.tree.flatten(expected), keras.tree.flatten(found), strict=True)
-    return all(same_array(np.asarray(one), np.asarray(other)) for one, other in pairs)
+    return all(
+        same_array(np.asarray(one), np.asarray(other), coarse=coarse) for one, other in pairs
+    )
 
 
 def _same_loss(expected: float, found: float) -> bool:
@@ -93,7 +106,7 @@ def _same_loss(expected: float, found: float) -> bool:
 
 
 @contextlib.contextmanager
-def _left_alone(model: keras.Model, head: keras.Model) -> Iterator[Callable[[], None]]:
+def _left_alone(model: keras.Model, head: keras.Model, eager: bool) -> Iterator[Callable[[], None]]:
     """A context in which models can be evaluated, with a function that puts back what changes."""
     layers = flatten_layers([model, head])
     state = [one for layer in layers for one in internals.own_state(layer)]
@@ -108,5 +121,6 @@ def _left_alone(model: keras.Model, head: keras.Model) -> Iterator[Callable[[], 
         values.restore()
         put_back_random_state()
 
-    with internals.functions_set_aside(model), internals.functions_set_aside(head):
+    aside = functools.partial(internals.functions_set_aside, eager=eager)
+    with aside(model), aside(head):
         yield put_back

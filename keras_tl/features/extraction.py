@@ -62,7 +62,7 @@ class Extraction:
         self._dtype = dtype
         self._verbose = verbose
         self._extractor = split.extractor(training)
-        self._random, self._training = random, training
+        self._random = random
         self._check = None if random else _Constant(split.layers)
 
     def run(self) -> list[list[Shard]]:
@@ -118,10 +118,12 @@ class Extraction:
         for batch in itertools.islice(group, len(recorded.batches)):
             found.add(Samples.of(batch))
             progress.add(found.batches[-1])
-        if found != recorded and isinstance(self._store, DiskStore):
+        same = self._source.same(recorded, found, random=self._random)
+        if not same and isinstance(self._store, DiskStore):
             regrouped = found.batches != recorded.batches and "the batch size"
             order = "the order of the samples, on which a resumed extraction depends"
-            raise self._store.stale(recorded.difference(found) or regrouped or order)
+            changed = recorded.difference(found, inputs=not self._random)
+            raise self._store.stale(changed or regrouped or order)
 
     def _extract(
         self, group: Iterator[Any], progress: _Progress
@@ -163,15 +165,8 @@ class Extraction:
 
     def _check_agrees(self, batch: Any, features: dict[str, Any]) -> None:
         """Raises an UncacheableError if the model itself gives something else for a batch."""
-        # What layers do in training alone, `evaluate` does not show: then they are called as there.
-        ways = [None] if self._random else [features, None] if self._training else [features]
-        for way in ways:
-            try:
-                self._split.check_agrees(batch, way, arrays=self._source.fixed)
-                break
-            except UncacheableError:
-                if way is ways[-1]:
-                    raise
+        given = None if self._random else features
+        self._split.check_agrees(batch, given, arrays=self._source.fixed)
         self._source.agrees = True
 
     def _probe(self, batch: Any, features: dict[str, Any]) -> Probe | None:

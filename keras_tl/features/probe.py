@@ -15,9 +15,10 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl import internals
+from keras_tl.selecting import flatten_layers
 
-# Of the largest number in a feature. Rounding differs between machines, in deep networks by some
-# 1e-5 in float32.
+# Of the largest number in a feature. Rounding differs between machines and compilers, in deep
+# networks by some 1e-5 in float32.
 _TOLERANCE, _TOLERANCE_OF_HALF = 1e-3, 5e-2
 
 
@@ -68,19 +69,30 @@ class Probe:
         ((_, now),) = internals.predictions(extractor, [(inputs,)])
         # By their order: names change with that in which models are made.
         before = list(self.features.values())
-        return len(before) != len(now) or not same_features(dict(zip(now, before)), now)
+        coarse = internals.rounds_coarsely(flatten_layers(extractor))
+        return len(before) != len(now) or not same_features(
+            dict(zip(now, before)), now, coarse=coarse
+        )
 
 
-def same_features(some: dict[str, Any], others: dict[str, Any]) -> bool:
-    """Whether features are the same but for rounding."""
-    return all(same_array(np.asarray(some[name]), np.asarray(others[name])) for name in some)
+def same_features(some: dict[str, Any], others: dict[str, Any], *, coarse: bool = False) -> bool:
+    """Whether features are the same but for rounding; see `same_array`."""
+    return all(
+        same_array(np.asarray(some[name]), np.asarray(others[name]), coarse=coarse) for name in some
+    )
 
 
-def same_array(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two arrays are the same but for rounding."""
+def same_array(one: np.ndarray, other: np.ndarray, *, coarse: bool = False) -> bool:
+    """Whether two arrays are the same but for rounding.
+
+    Args:
+        one: An array.
+        other: Another.
+        coarse: Bool. Whether they may be computed in half precision, whatever their own dtype is.
+    """
     if one.shape != other.shape or one.dtype != other.dtype:
         return False
-    half = one.dtype.itemsize == 2
+    half = coarse or one.dtype.name in ("float16", "bfloat16")
     one, other = one.astype("float64"), other.astype("float64")
     scale = np.max(np.abs(one), initial=0.0, where=np.isfinite(one))
     tolerance = scale * (_TOLERANCE_OF_HALF if half else _TOLERANCE)

@@ -151,8 +151,8 @@ def _put_back(free: list[np.ndarray], memory: np.ndarray) -> None:
 
 def _bytes_of_rows(array: np.ndarray) -> list[memoryview]:
     raw = memoryview(array.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
-    size = len(raw) // len(array)
-    return [raw[begin : begin + size] for begin in range(0, len(raw), size)]
+    size = len(raw) // max(1, len(array))
+    return [raw[row * size : (row + 1) * size] for row in range(len(array))]
 
 
 def _fill(file: BinaryIO, view: memoryview) -> None:

@@ -15,7 +15,13 @@ from keras_tl.features.splitting import UncacheableError
 
 
 def check_training_data(
-    x: Any, y: Any, sample_weight: Any, *, batch_size: int | None, steps: int | None
+    x: Any,
+    y: Any,
+    sample_weight: Any,
+    *,
+    batch_size: int | None,
+    steps: int | None,
+    random: bool = False,
 ) -> None:
     """Raises an UncacheableError if an epoch may read other samples than the one before.
 
@@ -28,6 +34,7 @@ def check_training_data(
         sample_weight: Weights, if they are not in `x`.
         batch_size: Int or None. For arrays.
         steps: Int or None. The `steps_per_epoch` of `fit`.
+        random: Bool. Whether inputs may be others each time. Then the targets tell.
 
     Raises:
         ValueError: If the data has no end, and `steps` is None.
@@ -36,7 +43,7 @@ def check_training_data(
     if steps is None:
         return
     batches = internals.batch_count(x, y, sample_weight, batch_size)
-    if batches is None and _repeats_after(x, steps):
+    if batches is None and _repeats_after(x, steps, random=random):
         return
     if batches is None or steps < batches:
         length = "has no known length" if batches is None else f"has {batches} batches"
@@ -87,7 +94,7 @@ def _check_kind(x: Any, reader: str) -> None:
         )
 
 
-def _repeats_after(x: Any, steps: int) -> bool:
+def _repeats_after(x: Any, steps: int, *, random: bool) -> bool:
     """Whether the second `steps` batches of data have the samples of the first."""
     windows = Samples(), Samples()
     source = Source(x, None, None, batch_size=None, steps=2 * steps)
@@ -95,7 +102,9 @@ def _repeats_after(x: Any, steps: int) -> bool:
         windows[number // steps].add(Samples.of(batch))
     first, second = windows
     same_sizes = sorted(first.batches) == sorted(second.batches)
-    return same_sizes and first.difference(second) is None
+    if random and not source.describe()["targets"]:
+        return False  # Nothing is left to tell by.
+    return same_sizes and first.difference(second, inputs=not random) is None
 
 
 def never_ends(x: Any) -> bool:

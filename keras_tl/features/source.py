@@ -86,6 +86,21 @@ class Source:
             samples.add(Samples.of(batch))
         return samples
 
+    def same(self, recorded: Samples, now: Samples, *, random: bool) -> bool:
+        """Whether what was recorded of some batches is of the same batches of this data.
+
+        Args:
+            recorded: What tells the recorded samples apart.
+            now: What tells those apart that are read now.
+            random: Bool. Whether inputs may be others each time: they are not compared.
+        """
+        if not random:
+            return recorded == now
+        has_targets = bool(self.describe()["targets"])
+        return recorded.batches == now.batches and (
+            not has_targets or recorded.targets == now.targets
+        )
+
 
 def _has_no_end(x: Any, dataset: tf.data.Dataset) -> bool:
     """Whether data of which the number of batches is not known is certain to have no end."""

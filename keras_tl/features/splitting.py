@@ -119,14 +119,18 @@ class SplitModel:
 
         Args:
             batch: A batch of the data, as `fit` takes it.
-            features: Dictionary of its features, if they are those of `evaluate`. None extracts
-                them.
+            features: Dictionary of its features as they are recorded. Where these are not those of
+                `evaluate`, or None, those are extracted.
             arrays: Bool. Whether the data is arrays.
         """
-        if features is None:
-            ((_, features),) = internals.predictions(self._extractors[False], [batch])
-        given = features if len(features) > 1 else next(iter(features.values()))
-        differs = difference(self._model, self.head, batch, given, arrays=arrays)
+        differs: str | None = "predict"
+        if features is not None:
+            differs = self._differs(batch, features, arrays=arrays)
+        if differs is not None:
+            # Compiled, the extractor may round another way than the model does in the check.
+            with internals.functions_set_aside(self._extractors[False], eager=True):
+                ((_, features),) = internals.predictions(self._extractors[False], [batch])
+            differs = self._differs(batch, features, arrays=arrays, eager=True)
         if differs is not None:
             raise UncacheableError(
                 f'`{differs}` of the model "{self._model.name}" (a {type(self._model).__name__}) '
@@ -134,6 +138,10 @@ class SplitModel:
                 "more than to call them, such as preparing the data first, which would be left "
                 "out of the record. Train through the backbone."
             )
+
+    def _differs(self, batch: Any, features: dict[str, Any], **settings: bool) -> str | None:
+        given = features if len(features) > 1 else next(iter(features.values()))
+        return difference(self._model, self.head, batch, given, **settings)
 
     def _check_no_loss(self, inputs: Any) -> None:
         """Raises an UncacheableError if layers up to the split add to the loss."""

@@ -140,6 +140,11 @@ class DiskStore:
         # By their names: digests of the shards that the notes of finished parts list.
         self._listed: dict[str, str] = {}
 
+    @property
+    def training(self) -> Any:
+        """Bool. Whether the features are of layers called as in `fit`; None if that is unknown."""
+        return self._identity.get("training")
+
     def open(self) -> None:
         """Takes the layout of the records from the manifest, if there is one that is whole."""
         damage = self._open()

@@ -56,9 +56,16 @@ def folder_for(
         return same[0], None
     now: dict[_Part, Samples] = {}
     wanted = shard or (0, 1)
-    for name in [*same, *(name for name in stores if name not in same)]:
+    # Recorded with another backbone, it is this data's folder all the same, and stale. Recorded for
+    # `evaluate` and not for `fit`, it is another one: both are wanted of one data set.
+    others = [name for name, (store, _) in stores.items() if store.training == identity["training"]]
+    for name in dict.fromkeys([*same, *others]):
         if _holds(stores[name][0], source, shard, now):
             return name, now.get(wanted)
+    unfinished = [name for name in same if _recorded(stores[name][0], shard) is None]
+    goes_on = _interrupted({name: stores[name][0] for name in unfinished}, identity, source)
+    if goes_on is not None:
+        return goes_on, now.get(wanted)
     occupied = {name for name, (_, is_same) in stores.items() if not is_same} | {*same}
     new = next(str(n) for n in itertools.count() if str(n) not in occupied)
     if occupied and verbose:
@@ -84,15 +91,9 @@ def _holds(
 ) -> bool:
     """Whether the features in a folder are of this data, as far as they are there."""
     wanted = shard or (0, 1)
-    finished = store.finished_parts()
-    if shard is None:
-        count = 1 if 1 in finished else max(finished, default=1)
-        needed = [*range(count)] if len(finished.get(count, ())) == count else []
-    else:
-        needed, count = [shard[0]], shard[1]
-    recorded = [of_part for part in needed if (of_part := store.samples(part, count))]
-    if not recorded or len(recorded) < len(needed):
-        return _begins_as(store, source)
+    recorded = _recorded(store, shard)
+    if recorded is None:
+        return _begins_as(store, source, random=False)
     passes = [Samples() for _ in recorded[0]]
     for of_part in recorded:
         for samples, more in zip(passes, of_part):
@@ -102,10 +103,44 @@ def _holds(
     return difference(passes, now[wanted]) is None
 
 
-def _begins_as(store: DiskStore, source: Source) -> bool:
+def _recorded(store: DiskStore, shard: _Part | None) -> list[list[Samples]] | None:
+    """What tells apart the samples of each pass of the parts, None if they are not finished."""
+    finished = store.finished_parts()
+    if shard is None:
+        count = 1 if 1 in finished else max(finished, default=1)
+        needed = [*range(count)] if len(finished.get(count, ())) == count else []
+    else:
+        needed, count = [shard[0]], shard[1]
+    recorded = [of_part for part in needed if (of_part := store.samples(part, count))]
+    return recorded if recorded and len(recorded) == len(needed) else None
+
+
+def _interrupted(
+    stores: dict[str, DiskStore], identity: dict[str, Any], source: Source
+) -> str | None:
+    """Returns the folder in which data that is another each time is recorded, up to some shard.
+
+    Its own inputs do not tell. In another order, it cannot go on there, and is told so: a new
+    folder each time would never be finished.
+    """
+    if identity["views"] is not None:
+        return next((n for n, store in stores.items() if _begins_as(store, source, True)), None)
+    if len(stores) != 1:
+        return None
+    ((name, store),) = stores.items()
+    found = store.first_samples()
+    if found is None:
+        return None
+    part, parts, first = found
+    once, again = (source.samples(part, parts, batches=len(first.batches)) for _ in range(2))
+    return None if once == again else name
+
+
+def _begins_as(store: DiskStore, source: Source, random: bool) -> bool:
     """Whether the first shard that there is was made of the first batches of this data."""
     found = store.first_samples()
     if found is None:
         return False
     part, parts, first = found
-    return source.samples(part, parts, batches=len(first.batches)) == first
+    now = source.samples(part, parts, batches=len(first.batches))
+    return source.same(first, now, random=random)

@@ -180,13 +180,54 @@ def take_call_signature(layer: keras.Layer, wrapped: keras.Layer) -> None:
 def training_by_name(
     layer: keras.Layer, args: Sequence[Any], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Returns a layer's call arguments such that `training` and what comes after it have names."""
-    names = list(layer._call_signature.parameters)
-    place = names.index("training") if "training" in names else len(names)
-    named = dict(zip(names[place:], args[place:]))
+    """Returns a layer's call arguments such that `training` and what comes after it have names.
+
+    Those that `*inputs` catches have no name and stay as they are, and so do too many, which Keras
+    tells of.
+    """
+    parameters = layer._call_signature.parameters
+    place = list(parameters).index("training")
+    if (
+        parameters["training"].kind is not inspect.Parameter.POSITIONAL_OR_KEYWORD
+        or catches_inputs(layer)
+        or len(args) > len(parameters)
+    ):
+        return tuple(args), kwargs
+    named = dict(zip(list(parameters)[place:], args[place:]))
     if named.get("training") is None:
         named.pop("training", None)
     return tuple(args[:place]), {**kwargs, **named}
+
+
+@checked(SINCE_3_15)
+def catches_inputs(layer: keras.Layer) -> bool:
+    """Whether a layer takes any number of inputs, as by `call(self, *inputs)`."""
+    kinds = [one.kind for one in layer._call_signature.parameters.values()]
+    return inspect.Parameter.VAR_POSITIONAL in kinds
+
+
+_HALF = ("float16", "bfloat16")
+
+
+def rounds_coarsely(layers: Iterable[keras.Layer]) -> bool:
+    """Whether what layers compute may be rounded as in half precision.
+
+    Their outputs may be of another dtype. On accelerators, float32 may be so too: GPUs round what
+    is multiplied to 10 bits (TF32), TPUs to 7.
+    """
+    return _on_accelerator() or any(
+        layer.compute_dtype in _HALF or getattr(layer, "quantization_mode", None) is not None
+        for layer in layers
+    )
+
+
+def _on_accelerator() -> bool:
+    if keras.backend.backend() != "torch":
+        devices = keras.distribution.list_devices()
+        return any(not device.lower().startswith("cpu") for device in devices)
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def mask_of(x: Any) -> Any | None:

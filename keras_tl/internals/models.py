@@ -46,19 +46,24 @@ def set_compiled_state(model: keras.Model, state: dict[str, Any]) -> None:
 
 
 @contextlib.contextmanager
-def functions_set_aside(model: keras.Model) -> Iterator[None]:
+def functions_set_aside(model: keras.Model, *, eager: bool = False) -> Iterator[None]:
     """A context in which the model is evaluated by functions of its own, which are gone after it.
 
     Those that it has are kept. On JAX, a function that stays would map values to the wrong
     variables once other weights are trainable. On TensorFlow nothing is traced, where no strategy
     needs it: that takes longer than the one step that is asked for.
+
+    Args:
+        model: The model.
+        eager: Bool. Whether nothing is compiled on the other backends either, so that a model
+            rounds as its parts do.
     """
     names = ("test_function", "predict_function", "run_eagerly")
     before = {name: getattr(model, name) for name in names}
     model.test_function = model.predict_function = None
     if keras.backend.backend() == "tensorflow":
-        alone = model.distribute_strategy.num_replicas_in_sync == 1
-        model.run_eagerly = before["run_eagerly"] or alone
+        eager = model.distribute_strategy.num_replicas_in_sync == 1
+    model.run_eagerly = before["run_eagerly"] or eager
     try:
         yield
     finally:

@@ -29,13 +29,16 @@ class _CallArguments:
     kwargs: dict[str, Any]
 
     @classmethod
-    def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _CallArguments | None:
+    def of(
+        cls, layer: keras.Layer, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> _CallArguments | None:
         kwargs = {
             name: value
             for name, value in kwargs.items()
             if name != "training" and value is not None
         }
-        if len(args) == 1 and not kwargs:
+        # Of what `*inputs` catches, Keras tells the shapes as those of one input that is a tuple.
+        if len(args) == 1 and not kwargs and not internals.catches_inputs(layer):
             return None
         return cls(*keras.tree.map_structure(_spec_of, (args, kwargs)))
 
@@ -79,7 +82,9 @@ class FrozenBackbone(keras.layers.Layer):
 
     It hides nothing of the backbone: it is called with the same arguments (masks, a second tensor,
     states), and gradients pass through it to its inputs and to layers before it, frozen or not. A
-    compiled backbone keeps its loss and metrics to itself, as when it is nested plainly.
+    compiled backbone keeps its loss and metrics to itself, as when it is nested plainly. On
+    TensorFlow, a `tf.GradientTape` does not watch weights that are frozen, which spares time and
+    memory: for the gradient to one, call `tape.watch(weight.value)` before the layer is called.
 
     Args:
         backbone: A Keras layer or model (Functional, Sequential, subclassed), of which the wrapper
@@ -167,7 +172,7 @@ class FrozenBackbone(keras.layers.Layer):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         args, kwargs = internals.training_by_name(self, args, kwargs)
         if not self.built:
-            self._call_arguments = _CallArguments.of(args, kwargs)
+            self._call_arguments = _CallArguments.of(self, args, kwargs)
         # Keras stores an explicit `training` for the layers after this one before it calls `call`.
         with internals.call_context_kept():
             return super().__call__(*args, **kwargs)

@@ -71,6 +71,32 @@ def test_the_check_changes_nothing_in_the_model():
     assert (model.test_function, model.predict_function, model.run_eagerly) == functions
 
 
+def test_half_precision_that_a_compiler_rounds_another_way_is_no_difference(tmp_path):
+    keras.utils.set_random_seed(1)
+    keras.config.set_dtype_policy("mixed_bfloat16")
+    try:
+        layers = [
+            layer
+            for _ in range(10)
+            for layer in (
+                keras.layers.Conv2D(16, 3, padding="same"),
+                keras.layers.LayerNormalization(),
+                keras.layers.Activation("gelu"),
+            )
+        ]
+        inputs = keras.Input((12, 12, 8))
+        backbone = keras.Sequential([inputs, *layers, keras.layers.GlobalAveragePooling2D()])
+        x = keras.layers.Dense(32, activation="relu")(FrozenBackbone(backbone)(inputs))
+        model = keras.Model(inputs, keras.layers.Dense(1, dtype="float32")(x))
+    finally:
+        keras.config.set_dtype_policy("float32")
+    model.compile("sgd", "mse", jit_compile=keras.backend.backend() != "torch")
+    x = np.random.default_rng(0).normal(size=(8, 12, 12, 8)).astype("float32")
+    y = x[:, 0, 0, :1]
+    for _ in range(2):  # The second time, what is there is compared.
+        assert len(list(FeatureCache(model, cache_dir=tmp_path)(x, y, verbose=0))) == 1
+
+
 def test_targets_that_the_loss_cannot_take_are_no_difference():
     model = build()
     targets = np.zeros((20, 3, 7), "float32")

@@ -113,6 +113,72 @@ def test_an_interrupted_extraction_goes_on_in_its_folder(model, tmp_path, batche
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
+NOISE = np.random.default_rng(0)
+
+
+def augmented(x, y):
+    def samples():
+        yield from zip(x + NOISE.normal(size=x.shape), y)
+
+    spec = (tf.TensorSpec(x.shape[1:], "float32"), tf.TensorSpec(y.shape[1:], "float32"))
+    return tf.data.Dataset.from_generator(samples, output_signature=spec).batch(2)
+
+
+def interrupt(folder):
+    """Leaves the first shard of the first pass, as a process that is killed does."""
+    for path in folder.glob("part-*"):
+        if not path.name.endswith("view-000.shard-000000"):
+            path.unlink()
+
+
+@pytest.mark.parametrize("name", [None, "named"])
+@pytest.mark.parametrize("targets", [True, False])
+def test_interrupted_views_of_augmented_data_go_on(
+    name, targets, model, tmp_path, batches_extracted
+):
+    def record():
+        data = augmented(X, Y) if targets else augmented(X, Y).map(lambda x, y: x)
+        cache = FeatureCache(model, cache_dir=tmp_path)
+        return cache(data, views=2, name=name, verbose=0)
+
+    record()
+    (folder,) = tmp_path.iterdir()
+    interrupt(folder)
+    batches_extracted.clear()
+    record()
+    assert len(batches_extracted) == 12 - 2
+    assert list(tmp_path.iterdir()) == [folder]
+    batches_extracted.clear()
+    if name is None and targets:
+        cache_of(model, tmp_path)(augmented(X, Y + 1), batch_size=None, views=2)
+        assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_an_interrupted_extraction_of_shuffled_data_is_an_error_not_a_folder(model, tmp_path):
+    cache_of(model, tmp_path)(*shuffled(X, Y), batch_size=None)
+    interrupt(tmp_path / "0")
+    with pytest.raises(StaleCacheError):
+        cache_of(model, tmp_path)(*shuffled(X, Y), batch_size=None)
+    cache_of(model, tmp_path)(*HELD_OUT)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_batches_without_samples_and_fields_without_numbers(on_disk, model, tmp_path):
+    def batches():
+        for begin, end in [(0, 2), (2, 2), (2, 6)]:
+            yield X[begin:end], {"y": Y[begin:end], "none": np.zeros((end - begin, 0), "float32")}
+
+    vector = tf.TensorSpec((None, 1), "float32")
+    spec = (tf.TensorSpec((None, 4), "float32"), {"y": vector, "none": tf.TensorSpec((None, 0))})
+    data = tf.data.Dataset.from_generator(batches, output_signature=spec)
+    features = FeatureCache(model, cache_dir=tmp_path if on_disk else None)(
+        data, shuffle=False, verbose=0
+    )
+    assert [len(y["y"]) for _, y in features] == [2, 0, 4]
+    assert np.concatenate([y["y"] for _, y in features]).tobytes() == Y[:6].tobytes()
+
+
 def test_parts_without_a_name_join(model, tmp_path):
     whole = cache_of(model, None)(X, Y)
     cache_of(model, tmp_path)(*HELD_OUT)

@@ -24,6 +24,27 @@ class Encoder(keras.Model):
 
 
 @keras.saving.register_keras_serializable(package="tests")
+class Total(keras.layers.Layer):
+    """A layer that takes any number of inputs."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = keras.layers.Dense(3)
+
+    def call(self, *inputs, training=None):
+        first, *others = inputs
+        return self.dense(sum((keras.ops.cast(x, "float32") for x in others), first))
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class TotalOfMore(Total):
+    """The same with a first input that has a name, and without `training`."""
+
+    def call(self, x, *args):
+        return super().call(x, *args)
+
+
+@keras.saving.register_keras_serializable(package="tests")
 class Block(keras.layers.Layer):
     """A layer that holds a model."""
 
@@ -223,6 +244,22 @@ def test_a_tape_does_not_record_a_frozen_backbone_in_vain(fails):
     assert len(tape.watched_variables()) == 2
 
 
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="Only TensorFlow has tapes.")
+def test_the_gradient_to_a_frozen_weight_is_had_by_watching_it():
+    import tensorflow as tf
+
+    base = models.functional(["dense"])
+    wrapper = FrozenBackbone(base)
+    kernel = base.weights[0].value
+    with tf.GradientTape() as tape:
+        tape.watch(kernel)
+        y = wrapper(tf.ones((2, models.FEATURES)))
+    with tf.GradientTape() as plain:
+        y_plain = base(tf.ones((2, models.FEATURES)))
+    expected = plain.gradient(y_plain, kernel)
+    assert bytes_of(tape.gradient(y, kernel)) == bytes_of(expected)
+
+
 # The `training` that is given to the wrapper itself.
 
 
@@ -275,6 +312,12 @@ def test_training_may_be_given_by_position_as_to_a_functional_model():
     assert bytes_of(wrapper.call(x, False)) == bytes_of(wrapper(x))
 
 
+def test_more_arguments_than_the_backbone_takes_are_an_error():
+    x, _ = regression_data()
+    with pytest.raises(TypeError, match="too many positional arguments"):
+        FrozenBackbone(Probe())(x, x, x)
+
+
 # Call arguments.
 
 QUERY = (5, 6)
@@ -286,6 +329,10 @@ def attention(layer, x, mask):
 
 def mask_as_third(layer, x, mask):
     return layer(x, None, mask[:, :, None])
+
+
+def several(layer, x, mask):
+    return layer(x, mask[:, :, None], x + x)
 
 
 CALLS = {
@@ -300,6 +347,9 @@ CALLS = {
         lambda: keras.layers.Bidirectional(keras.layers.GRU(2, return_sequences=True)),
         lambda layer, x, mask: layer(x, mask=mask),
     ),
+    "any number": (Total, several),
+    "one of any number": (Total, lambda layer, x, mask: layer(x)),
+    "a first and any number": (TotalOfMore, several),
 }
 
 
