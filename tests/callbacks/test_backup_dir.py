@@ -293,6 +293,27 @@ def test_a_model_that_went_further_than_its_backup_goes_back(tmp_path):
     assert values_of(model) == expected[0]
 
 
+@pytest.mark.parametrize("names", [("others", "rest"), ("others", "head")], ids=str)
+def test_a_model_that_went_further_keeps_the_groups_it_was_compiled_with(tmp_path, names):
+    def make():
+        groups = {name: keras.optimizers.SGD(0.02, momentum=0.9) for name in names}
+        return GroupOptimizer(groups, assign={names[0]: ".*(?<!bias)"})
+
+    arguments = {"learning_rate": 1e-5}
+    expected = undisturbed(make(), arguments)
+    switch = expected[1]["stage"].index(1)
+    model, _ = build(make())
+    with pytest.raises(Interruption):
+        fit(
+            model,
+            callback(tmp_path, **arguments),
+            InterruptAt("on_train_batch_end", 3 * switch + 1),
+        )
+    fit(model, callback(tmp_path, **arguments))
+    assert list(model.optimizer.groups) == list(names)
+    assert values_of(model) == expected[0]
+
+
 def test_what_had_stopped_stays_stopped(tmp_path):
     arguments = {"fine_tune_patience": 0, "monitor": "loss", "mode": "max", "patience": 0}
     expected = undisturbed(None, arguments)
