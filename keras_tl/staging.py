@@ -138,7 +138,7 @@ class StagedModel:
         trained = internals.optimizer_weights(self._model.optimizer) or []
         if freezing.without(self.backbones.trainable_weights, trained):
             return False
-        steps = int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))
+        steps = internals.steps_of(internals.without_loss_scale(self._model.optimizer))
         return steps > 0 and any(
             self.backbones.trains_only(stage.layers, stage.train_batchnorm)
             for stage in self._stages
