@@ -123,9 +123,13 @@ class Backbones:
             return now == {id(weight) for weight in self.trainable_weights}
 
     def untouched(self) -> bool:
-        """Whether there are plain backbones, and all of them trains but what LoRA has frozen."""
+        """Whether there are plain backbones, and all of them trains but what LoRA has frozen.
+
+        Nor do single weights count that were frozen by hand, as long as others train.
+        """
         trains = bool(self.plain) and all(layer.trainable for layer in self.plain)
-        return trains and freezing.is_thawed(self.plain)
+        trains = trains and bool(self.trainable_weights)
+        return trains and freezing.is_thawed(self.plain, self._hand_frozen)
 
     def freeze(self) -> None:
         """Freezes all of every backbone. What is compiled is the caller's to renew."""

@@ -14,8 +14,6 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tl.selecting import flatten_layers
-
 _LEFT_OUT = {
     "name",
     "seed",
@@ -44,8 +42,8 @@ def model_configuration(model: keras.Model) -> Any:
     config = _config_of(model)
     if config is None:
         # A model of one's own, without `get_config`.
-        layers = [layer for layer in flatten_layers(model) if layer is not model]
-        config = {"layers": [plain(layer) for layer in layers]}
+        # Those in its layers may be made when these are built.
+        config = {"layers": [plain(layer) for layer in model.layers]}
     names: dict[str, str] = {}
     _collect_names(config, names)
     return _plain(config, names)
@@ -120,7 +118,10 @@ def _plain(value: Any, names: dict[str, str], *, naming: bool = False) -> Any:
         return names.get(value, value) if naming and isinstance(value, str) else _text(value)
     if isinstance(value, Mapping):
         return _plain_mapping(value, names)
-    if isinstance(value, (list, tuple, set)):
+    if isinstance(value, (set, frozenset)):
+        # Their order is another in each process.
+        return sorted((_plain(one, names, naming=naming) for one in value), key=repr)
+    if isinstance(value, (list, tuple)):
         return [_plain(one, names, naming=naming) for one in value]
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return {"class_name": "array", "shape": list(value.shape), "dtype": str(value.dtype)}
@@ -135,7 +136,7 @@ def _plain_mapping(value: Mapping, names: dict[str, str]) -> dict[str, Any]:
     # The name of a dtype policy says which it is.
     named = str(value.get("class_name")).endswith("Policy")
     found = {}
-    for key, one in value.items():
+    for key, one in _without_inputs(value).items():
         if key in _NAMING or key == "output_names":
             found[str(key)] = _plain(one, names, naming=True)
         elif key == "batch_shape" and isinstance(one, (list, tuple)):
@@ -146,6 +147,21 @@ def _plain_mapping(value: Mapping, names: dict[str, str]) -> dict[str, Any]:
         elif key not in _LEFT_OUT:
             found[str(key)] = _plain(one, names)
     return found
+
+
+def _without_inputs(config: Mapping) -> Mapping:
+    """Returns a configuration; that of a Sequential model without an input.
+
+    On TensorFlow the first batch adds one, if there is none.
+    """
+    layers = config.get("layers")
+    if not isinstance(layers, (list, tuple)) or "input_layers" in config:
+        return config
+
+    def is_input(one: Any) -> bool:
+        return isinstance(one, Mapping) and one.get("class_name") == "InputLayer"
+
+    return {**config, "layers": [one for one in layers if not is_input(one)]}
 
 
 def _text(value: str | bytes) -> str:
@@ -170,7 +186,7 @@ def _collect_names(config: Any, names: dict[str, str]) -> None:
         inner = config.get("config")
         if "class_name" in config and isinstance(inner, Mapping) and "name" in inner:
             names.setdefault(str(inner["name"]), f"#{len(names)}")
-        for value in config.values():
+        for value in _without_inputs(config).values():
             _collect_names(value, names)
     elif isinstance(config, (list, tuple)):
         for value in config:

@@ -170,7 +170,7 @@ def fine_tune(
         epochs=epochs,
         verbose=verbose,
     )
-    fits.begin()
+    fits.begin(x, y, sample_weight, validation_data=validation_data, class_weight=class_weight)
     steps = None
     if switch.stage == 0 and not switch.decided:
         put_back_random_state = internals.random_state()

@@ -114,11 +114,17 @@ def would_unfreeze(
     return [weight for weight in weights if not weight.trainable]
 
 
-def is_thawed(backbone: Backbone) -> bool:
-    """Whether all weights train but those that LoRA keeps frozen, or froze around it."""
+def is_thawed(backbone: Backbone, hand_frozen: HandFrozen = NOTHING) -> bool:
+    """Whether all weights train but those that LoRA keeps frozen, or froze around it.
+
+    Args:
+        backbone: A layer, a model, or a list of layers.
+        hand_frozen: What was frozen by hand, whose weights do not count either.
+    """
+    kept = {id(weight) for weight in hand_frozen.weights}
     around_lora = {id(layer) for layer in frozen_around_lora(backbone)}
     return all(
-        weight.trainable
+        weight.trainable or id(weight) in kept
         for layer in flatten_layers(backbone)
         if id(layer) not in around_lora
         for weight in _weights_lora_leaves(layer)

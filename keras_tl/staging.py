@@ -58,7 +58,7 @@ class StagedModel:
         self._stages = stages
         self._exactly = exactly
         self._optimizer = optimizer
-        self._keeps_groups = False
+        self._keeps_groups = self._has_groups_of_its_own()
         self.backbones = Backbones(model, backbone)
         self.check_stages()
 
@@ -78,7 +78,6 @@ class StagedModel:
         """Raises now what would else be raised at the switch from stage 0."""
         compiled = internals.without_loss_scale(self._model.optimizer)
         if self._optimizer is None and isinstance(compiled, GroupOptimizer):
-            self._keeps_groups = True
             self._check_groups(compiled)
             if warmup_steps:
                 check_can_be_set("warmup_steps", *compiled.groups.values())
@@ -139,7 +138,7 @@ class StagedModel:
         trained = internals.optimizer_weights(self._model.optimizer) or []
         if freezing.without(self.backbones.trainable_weights, trained):
             return False
-        steps = int(keras.ops.convert_to_numpy(self._model.optimizer.iterations))
+        steps = internals.steps_of(internals.without_loss_scale(self._model.optimizer))
         return steps > 0 and any(
             self.backbones.trains_only(stage.layers, stage.train_batchnorm)
             for stage in self._stages
@@ -190,7 +189,11 @@ class StagedModel:
         """Goes to stage 0, with a new optimizer of the kind that the head had."""
         self.backbones.freeze()
         optimizer = internals.without_loss_scale(self._model.optimizer)
-        if isinstance(optimizer, GroupOptimizer) and "head" in optimizer.groups:
+        # A user's own groups may have that name too, and are all of the head's optimizer.
+        made_groups = any(
+            one.head_learning_rate is not None or one.layerwise for one in self._stages
+        )
+        if made_groups and isinstance(optimizer, GroupOptimizer) and "head" in optimizer.groups:
             optimizer = optimizer.groups["head"]
         switching.renew_training(self._model, optimizer=switching.renew_optimizer(optimizer))
 
@@ -236,9 +239,24 @@ class StagedModel:
             for weight in freezing.without(self._model.trainable_weights, before):
                 rates.of(weight)
 
+    def _has_groups_of_its_own(self) -> bool:
+        """Whether the model has the groups that it was compiled with, in whichever stage it is.
+
+        Groups that a switch makes come with learning rates, for which `_check_groups` has no place.
+        """
+        compiled = internals.without_loss_scale(self._model.optimizer)
+        grouped = self._optimizer is None and isinstance(compiled, GroupOptimizer)
+        return grouped and self._leaves_rates()
+
+    def _leaves_rates(self) -> bool:
+        """Whether no stage says a learning rate."""
+        only = self._stages[0]
+        rates = only.learning_rate, only.head_learning_rate
+        return not self._exactly and rates == (DEFAULT_RATE, None)
+
     def _check_groups(self, compiled: GroupOptimizer) -> None:
         only = self._stages[0]
-        if self._exactly or (only.learning_rate, only.head_learning_rate) != (DEFAULT_RATE, None):
+        if not self._leaves_rates():
             raise ValueError(
                 f"The model is compiled with the GroupOptimizer {compiled.name!r}, whose groups "
                 "have their own learning rates, so `learning_rate`, `head_learning_rate` and "

@@ -352,6 +352,30 @@ def test_goes_on_from_its_backup(interrupted_at, tmp_path):
         assert values == history.history[name][interrupted_at:]
 
 
+@pytest.mark.parametrize(
+    "changed, what",
+    [
+        ({"y": Y + 1}, "samples in `y`"),
+        ({"validation_data": (VALIDATION[0][:9], VALIDATION[1][:9])}, "`validation_data`"),
+        ({"class_weight": {0: 2.0}}, "class_weight"),
+    ],
+    ids=["targets", "validation data", "weights"],
+)
+def test_the_backup_of_other_data_is_refused(tmp_path, changed, what):
+    class Interrupt(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 1:
+                raise KeyboardInterrupt
+
+    run = {"x": X, "y": Y, "validation_data": VALIDATION, "epochs": 2, "verbose": 0}
+    run["backup_dir"] = tmp_path / "backup"
+    with pytest.raises(KeyboardInterrupt):
+        fine_tune(build(), callbacks=[Interrupt()], **run)
+    with pytest.raises(ValueError, match=f"is of another run.*{what}"):
+        fine_tune(build(), **run | changed)
+    assert fine_tune(build(), **run).epoch == [1]
+
+
 def test_says_nothing_when_it_is_told_so(capsys):
     fine_tune(build(), X, Y, epochs=3, max_frozen_epochs=1, **SETTINGS)
     assert capsys.readouterr().out == ""

@@ -1,9 +1,10 @@
 """What was frozen by hand, or by LoRA, before something else froze the rest."""
 
 import keras
+import numpy as np
 import pytest
 
-from keras_tl import FrozenBackbone, freezing
+from keras_tl import FrozenBackbone, UnfreezeAtConvergence, freezing
 from keras_tl.backbones import Backbones
 from keras_tl.hand_frozen import frozen_by_hand
 from tests import models
@@ -206,6 +207,20 @@ def test_plain_backbone_with_lora():
     backbones.freeze()
     backbones.unfreeze("all", train_batchnorm=False)
     assert [w.name for w in base.trainable_weights] == LORA
+
+
+def test_plain_backbone_with_a_weight_frozen_by_hand_is_frozen_at_first():
+    base = models.sequential_of(keras.layers.Dense(4), keras.layers.Dense(4))
+    model = models.functional_outer(base)
+    base.layers[0].kernel.trainable = False
+    model.compile(keras.optimizers.SGD(0.01), "mse")
+    ours = UnfreezeAtConvergence(backbone=base, monitor="loss", max_frozen_epochs=1, verbose=0)
+    x, y = np.ones((4, 4)), np.ones((4, 1))
+    kernel = keras.ops.convert_to_numpy(base.layers[0].kernel)
+    history = model.fit(x, y, epochs=3, callbacks=[ours], verbose=0).history
+    assert history["stage"] == [0, 1, 1]
+    np.testing.assert_array_equal(base.layers[0].kernel, kernel)
+    assert [w.path.split("/")[-1] for w in base.trainable_weights] == ["bias", "kernel", "bias"]
 
 
 def test_backbone_that_forgets_lora_is_loaded_and_says_what_is_missing(tmp_path):

@@ -50,11 +50,26 @@ class JointFits(keras.callbacks.CallbackList):
         """The `History` of all fits."""
         return next(one for one in self.callbacks if isinstance(one, keras.callbacks.History))
 
-    def begin(self) -> None:
-        """Calls `on_train_begin` of the callbacks."""
+    def begin(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        validation_data: Any = None,
+        class_weight: Any = None,
+    ) -> None:
+        """Calls `on_train_begin` of the callbacks.
+
+        The arguments are those of `fit`, which `internals.data_of_fit` finds here: no `fit` runs.
+        """
         self.model.stop_training = False
-        super().on_train_begin()
-        self._epoch = internals.initial_epoch(self.model) or 0
+        try:
+            super().on_train_begin()
+            self._epoch = internals.initial_epoch(self.model) or 0
+        finally:
+            # Each fit is told its first epoch, and one that is never reached is not to be left.
+            internals.unset_initial_epoch(self.model)
 
     def fit(
         self,

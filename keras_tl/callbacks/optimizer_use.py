@@ -65,7 +65,8 @@ def _is_default(optimizer: keras.Optimizer) -> bool:
 
 def _state(optimizer: Any) -> tuple[int, ...]:
     """Numbers of which each step changes one; of a step that overflows, those of the loss scale."""
-    counts = [internals.without_loss_scale(optimizer).iterations]
-    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and optimizer.built:
-        counts += [optimizer.step_counter, optimizer.dynamic_scale]
-    return tuple(int(internals.on_host(count)) for count in counts)
+    steps = internals.steps_of(internals.without_loss_scale(optimizer))
+    if not (isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and optimizer.built):
+        return (steps,)
+    counts = [optimizer.step_counter, optimizer.dynamic_scale]
+    return (steps, *(int(internals.on_host(count)) for count in counts))

@@ -58,10 +58,9 @@ class RateWatch:
         """Bool. Whether a rate was raised, and it is not known by whom."""
         return self._raised is not None
 
-    def begin(self, model: keras.Model) -> None:
-        """Notes the rates that a switch has set."""
-        rates = {group: _rate_set(one) for group, one in _optimizers_of(model).items()}
-        self._set = {group: rate for group, rate in rates.items() if rate is not None}
+    def begin(self, rates: Mapping[str, Any]) -> None:
+        """Watches the rates that a switch has set, as `rates_set` returned them right after it."""
+        self._set = dict(rates)
 
     def follow_schedules(self, model: keras.Model) -> None:
         """Notes schedules that begin at another step than they did, after a resume."""
@@ -129,6 +128,12 @@ class RateWatch:
             return limit
         steps = internals.steps_of(_optimizers_of(model)[group])
         return float(keras.ops.convert_to_numpy(limit(steps)))
+
+
+def rates_set(model: keras.Model) -> dict[str, Any]:
+    """Returns a model's rates by parameter group: numbers and schedules, which can be watched."""
+    rates = {group: _rate_set(one) for group, one in _optimizers_of(model).items()}
+    return {group: rate for group, rate in rates.items() if rate is not None}
 
 
 def _optimizers_of(model: keras.Model) -> dict[str, keras.Optimizer]:

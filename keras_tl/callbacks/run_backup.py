@@ -14,7 +14,7 @@ import numpy as np
 
 from keras_tl import internals
 from keras_tl.backup import Backup, OtherRunError
-from keras_tl.callbacks.run_identity import difference
+from keras_tl.callbacks.run_identity import difference, doubt
 from keras_tl.selecting import is_built
 
 
@@ -136,6 +136,10 @@ class RunBackup:
                     "the backup was made by keras_tl 0.1, which did not note of which run it is. "
                     "If the settings or the data are others now, delete the folder and start over."
                 )
+            elif internals.is_chief():
+                doubtful = doubt(state["identity"], identity)
+                if doubtful:
+                    self._warn(doubtful)
             return snapshot.epoch
 
     def delete(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -14,7 +14,8 @@ from keras_tl import freezing, internals
 from keras_tl.backbones import Backbones
 from keras_tl.configurations import differences, model_configuration, plain, shown
 from keras_tl.messages import some
-from keras_tl.selecting import is_built
+from keras_tl.optimizers import GroupOptimizer
+from keras_tl.selecting import flatten_layers, is_built
 from keras_tl.sketches import alike, sketch
 from keras_tl.stages import Stage
 from keras_tl.version import __version__
@@ -100,6 +101,25 @@ def difference(was: Any, now: dict[str, Any]) -> str | None:
     return f"it is of another run. Different: {named}. {advice}"
 
 
+def doubt(was: Any, now: dict[str, Any]) -> str | None:
+    """Says what may be another run, of two that have no `difference`; None if nothing.
+
+    Without a seed, other weights in a backbone may have been drawn, and not learnt.
+    """
+    if _seeded(was, now):
+        return None
+    found = list(_backbone_differences(was, now))
+    return (
+        None
+        if not found
+        else (
+            f"different from those of the backup: {found[0]}. If it had learnt other things, "
+            "delete the folder and start over. If its weights are drawn at random, set a seed with "
+            "`keras.utils.set_random_seed` first."
+        )
+    )
+
+
 def _differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     if was["backend"] != now["backend"]:
         yield (
@@ -121,6 +141,8 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     ):
         yield from differences(was[key], now[key], complete=complete, where=where)
     yield from _begin_differences(was["begin"], now["begin"], complete)
+    if _seeded(was, now):
+        yield from _backbone_differences(was, now)
     yield from _data_differences(was["data"], now["data"])
 
 
@@ -139,7 +161,7 @@ def _begin(
         before, state = known
         if before() is not compiled:
             # Of an interrupted run in a notebook, compiled anew.
-            state = {**state, "optimizer": _optimizer(model)}
+            state = {**state, **_optimizer(model)}
     _begun[model] = (weakref.ref(compiled), state)
     return state
 
@@ -153,23 +175,50 @@ def _state_at_begin(
 ) -> dict[str, Any]:
     return {
         "stage": stage,
-        "optimizer": _optimizer(model),
+        **_optimizer(model),
         "trains": _trained_in_each(model, stages, backbones, exactly) if is_built(model) else None,
         "backbone": _learnt(backbones) if is_built(model) else None,
     }
 
 
-def _optimizer(model: keras.Model) -> Any:
-    return plain(internals.without_loss_scale(model.optimizer))
+def _optimizer(model: keras.Model) -> dict[str, Any]:
+    optimizer = internals.without_loss_scale(model.optimizer)
+    trained = internals.steps_of(optimizer) > 0
+    if not isinstance(optimizer, GroupOptimizer):
+        return {"optimizer": plain(optimizer), "trained": trained}
+    # Its configuration is another once it is built, and before it may have none.
+    settings = ("groups", "global_clipnorm", "loss_scale_factor")
+    described = {name: plain(getattr(optimizer, name)) for name in settings}
+    if is_built(model):
+        described["assigned"] = optimizer.resolve(model.trainable_variables)
+    optimizer_class = type(optimizer).__qualname__
+    return {"optimizer": {"class_name": optimizer_class, "config": described}, "trained": trained}
+
+
+def _without_rates(config: Any) -> Any:
+    """Returns an optimizer's configuration without learning rates that are numbers."""
+    if isinstance(config, list):
+        return [_without_rates(one) for one in config]
+    if not isinstance(config, dict):
+        return config
+    return {
+        name: _without_rates(one)
+        for name, one in config.items()
+        if not (name == "learning_rate" and isinstance(one, (int, float)))
+    }
 
 
 def _begin_differences(was: dict[str, Any], now: dict[str, Any], complete: bool) -> Iterator[str]:
     if was["stage"] != now["stage"]:
         # A model that was loaded from a later stage: `fit` takes it back to that of the backup.
         return
-    yield from differences(
-        was["optimizer"], now["optimizer"], complete=complete, where="compile.optimizer"
-    )
+    before, after = was["optimizer"], now["optimizer"]
+    if was.get("trained") or now.get("trained"):
+        # A rate that a callback may have changed since, in a file that is loaded.
+        before, after = _without_rates(before), _without_rates(after)
+    if None in (was["trains"], now["trains"]):
+        complete = False  # Of a model that is not built, nothing is assigned yet.
+    yield from differences(before, after, complete=complete, where="compile.optimizer")
     if None not in (was["trains"], now["trains"]):
         for number, (one, other) in enumerate(zip(was["trains"], now["trains"], strict=False)):
             before, after = dict(one), dict(other)
@@ -180,9 +229,18 @@ def _begin_differences(was: dict[str, Any], now: dict[str, Any], complete: bool)
                     f"the weights that train in stage {number} (not any more: "
                     f"{some(sorted(gone)) or 'none'}; new: {some(sorted(new)) or 'none'})"
                 )
-    learnt = was["backbone"], now["backbone"]
+
+
+def _backbone_differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    if was["begin"]["stage"] != now["begin"]["stage"]:
+        return
+    learnt = was["begin"]["backbone"], now["begin"]["backbone"]
     if None not in learnt and not alike(*learnt):
         yield "the weights with which the backbone began"
+
+
+def _seeded(was: dict[str, Any], now: dict[str, Any]) -> bool:
+    return None not in (was["seed"], now["seed"])
 
 
 def _trained_in_each(
@@ -209,17 +267,33 @@ def _learnt(backbones: Backbones) -> dict[str, Any] | None:
 
     Vectors (biases, the parameters and statistics of normalizations) begin with one constant; those
     that do not have it any more were trained. Others may be drawn at random in each process, as
-    LoRA's are.
+    LoRA's are, and vectors whose layer says so.
     """
     trained = {id(weight) for weight in backbones.trainable_weights}
     weights = [one for layer in [*backbones.wrapped, *backbones.plain] for one in layer.weights]
+    drawn = _may_be_drawn([*backbones.wrapped, *backbones.plain])
     learnt = []
     for weight in weights:
-        if len(weight.shape) == 1 and id(weight) not in trained:
+        if len(weight.shape) == 1 and id(weight) not in trained | drawn:
             value = internals.on_host(weight).astype("float32")
             if not (np.isin(value, (0.0, 1.0)).all() or (value == value[:1]).all()):
                 learnt.append(value)
     return sketch(np.concatenate(learnt)[np.newaxis]) if learnt else None
+
+
+def _may_be_drawn(layers: Sequence[keras.Layer]) -> set[int]:
+    """Returns the ids of weights whose layer has an initializer for them that is no constant."""
+    constant = (
+        keras.initializers.Zeros,
+        keras.initializers.Ones,
+        keras.initializers.Constant,
+    )
+    return {
+        id(weight)
+        for layer in flatten_layers(layers)
+        for weight in [*internals.own_trainable_weights(layer), *internals.own_state(layer)]
+        if not isinstance(getattr(layer, f"{weight.name}_initializer", constant[0]()), constant)
+    }
 
 
 # Settings.
@@ -232,7 +306,7 @@ def _described(stage: Stage) -> dict[str, Any]:
     for name in rates:
         rate = getattr(stage, name)
         # By layers, whose names may count up.
-        found[name] = list(rate.values()) if isinstance(rate, dict) else plain(rate)
+        found[name] = list(rate.values()) if isinstance(rate, Mapping) else plain(rate)
     return found
 
 

@@ -22,7 +22,7 @@ from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
 from keras_tl.callbacks.neighbours import check_neighbours
 from keras_tl.callbacks.optimizer_use import OptimizerUse
 from keras_tl.callbacks.progress import Progress, read
-from keras_tl.callbacks.rate_watch import RateWatch
+from keras_tl.callbacks.rate_watch import RateWatch, rates_set
 from keras_tl.callbacks.run_backup import RunBackup, RunSnapshot
 from keras_tl.callbacks.run_identity import identity_of
 from keras_tl.callbacks.transition import Transition
@@ -177,7 +177,6 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     _monitored: MonitoredValue
     _optimizer_use: OptimizerUse | None
     _backup: RunBackup | None
-    _initial_epoch: int | None
     _changeable: list[keras.Variable]
     _trained: list[keras.Variable]
     _prepared: bool
@@ -326,6 +325,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     # Hooks, in the order in which `fit` calls them.
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        internals.unset_initial_epoch(self.model)  # Of a fit that ended before its first epoch.
         self._beside = internals.callbacks_beside(self)
         histories = (one for one in self._beside if isinstance(one, keras.callbacks.History))
         self.history = next(histories, None)
@@ -373,17 +373,16 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._staged.check_renewable(self.warmup_steps)
         self._staged.try_switches(self.stage)
         self._optimizer_use = OptimizerUse(self.model)
-        self._initial_epoch = internals.initial_epoch(self.model)
         self._backup = None
         self._done_before = 0
         if self.backup_dir is not None:
             self._backup = RunBackup(self.backup_dir, self.model)
             self._resume(self._backup)
-        if self._prepared and internals.initial_epoch(self.model) is self._initial_epoch:
+        if self._prepared and not self._done_before:
             self._say_stage()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        internals.set_initial_epoch(self.model, self._initial_epoch)
+        internals.unset_initial_epoch(self.model)
         if self._progress.switch_reason is not None:
             self._switch(epoch, self._progress.switch_reason)
         self._rates.epoch = epoch
@@ -428,7 +427,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._save(self._backup, epoch + 1)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        internals.set_initial_epoch(self.model, self._initial_epoch)
+        internals.unset_initial_epoch(self.model)
         observers.remove(self)
         if self._warm_up is not None:
             self._warm_up.finish()
@@ -550,6 +549,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             mode=self._monitored.mode,
         )
         stage = self.stage
+        rates: dict[str, Any] = {}
         with switching.all_or_nothing(self.model, variables):
             if stage > progress.stage:
                 self._staged.go_back()
@@ -557,7 +557,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             switching.build_optimizer(self.model)
             for number in range(stage + 1, progress.stage + 1):
                 self._staged.enter(number)
-                self._rates.begin(self.model)
+                # As the switch has set them: those of the snapshot may be lower.
+                rates = rates_set(self.model)
             switching.restore_training(
                 self.model, snapshot.arrays["model"], snapshot.arrays["optimizer"]
             )
@@ -570,6 +571,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             progress.judge.set_state(judge)
         self._warm_up = warm_up
         self._changeable = changeable_weights(self.model)
+        self._trained = list(self.model.trainable_weights)
+        self._rates.begin(rates)
         self._rates.follow_schedules(self.model)
         self._renewed_optimizer = self.model.optimizer
 
@@ -667,7 +670,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         rate = learning_rate_of(self.model.optimizer)
         self._staged.enter(self.stage + 1, self._progress.best)
         self._renewed_optimizer = self.model.optimizer
-        self._rates.begin(self.model)
+        self._rates.begin(rates_set(self.model))
         after = self.model.trainable_weights
         transition = Transition(
             epoch=epoch,

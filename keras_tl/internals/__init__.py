@@ -67,6 +67,7 @@ from keras_tl.internals.models import (
     set_compiled_state,
     set_initial_epoch,
     strategy_scope,
+    unset_initial_epoch,
 )
 from keras_tl.internals.optimizers import (
     averages,
@@ -185,5 +186,6 @@ __all__ = [
     "summary_writer",
     "take_call_signature",
     "training_by_name",
+    "unset_initial_epoch",
     "without_loss_scale",
 ]

@@ -39,12 +39,16 @@ def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
     """Returns what the running `fit` trains and validates with, by argument; nothing without one.
 
     Keras tells a callback no more than the number of steps; `fit` itself is found on the stack. A
-    `fit` of one's own, without these arguments, has nothing to be seen.
+    `fit` of one's own, without these arguments, has nothing to be seen. Several fits that are one
+    to the callbacks begin in a method of their list, which has the arguments.
     """
     frame = _list_frame(callback)
     while frame is not None:
         running = frame.f_locals
-        if running.get("self") is callback.model and "validation_data" in running:
+        owner = running.get("self")
+        if isinstance(owner, keras.callbacks.CallbackList):
+            owner = owner.model
+        if owner is callback.model and "validation_data" in running:
             names = ("x", "y", "sample_weight", "validation_data", "class_weight")
             return {name: running[name] for name in names if running.get(name) is not None}
         frame = frame.f_back

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import gc
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -228,14 +229,29 @@ def initial_epoch(model: keras.Model) -> int | None:
     return model._initial_epoch
 
 
+# What was set, and what was there before, of each model whose `fit` has not begun there yet.
+_epochs_set: weakref.WeakKeyDictionary[keras.Model, tuple[int, int | None]]
+_epochs_set = weakref.WeakKeyDictionary()
+
+
 @checked(SINCE_3_15)
-def set_initial_epoch(model: keras.Model, epoch: int | None) -> None:
+def set_initial_epoch(model: keras.Model, epoch: int) -> None:
     """Sets the epoch that `fit` begins with, when called in `on_train_begin`.
 
-    As `BackupAndRestore` does it, which leaves it set: the next `fit` would begin there too.
+    As `BackupAndRestore` does it, which leaves it set: the next `fit` would begin there too. So
+    `unset_initial_epoch` is to be called once `fit` has begun.
     """
-    if model._initial_epoch != epoch:
-        model._initial_epoch = epoch
+    unset_initial_epoch(model)
+    _epochs_set[model] = (epoch, model._initial_epoch)
+    model._initial_epoch = epoch
+
+
+@checked(SINCE_3_15)
+def unset_initial_epoch(model: keras.Model) -> None:
+    """Puts back what was there before `set_initial_epoch`, also one of a `fit` that failed."""
+    epoch, before = _epochs_set.pop(model, (None, None))
+    if epoch is not None and model._initial_epoch == epoch:
+        model._initial_epoch = before
 
 
 def has_own_train_step(model: keras.Model) -> bool:

@@ -269,6 +269,57 @@ def test_a_later_fit_runs_all_its_epochs(tmp_path):
     assert len(fit(model, epochs=3)["loss"]) == 3
 
 
+def test_a_resumed_fit_that_fails_before_its_first_epoch_leaves_no_epoch_set(tmp_path):
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 4))
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path), InterruptAt("on_train_begin", 1))
+    assert len(fit(model, callback(tmp_path))["loss"]) == EPOCHS - 4
+    assert len(fit(model, epochs=3)["loss"]) == 3
+
+
+def test_what_a_resumed_run_had_unfrozen_is_not_unfrozen_early(tmp_path):
+    settings = {"stages": [Stage("dense.*", 1e-3, epochs=2), Stage("all", 1e-4)], "patience": 9}
+    model, _ = build()
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path, **settings), InterruptAt("on_epoch_begin", 5))
+    model, _ = build()
+    ours = callback(tmp_path, **settings)
+    fit(model, ours)
+    assert [one.unfrozen_early for one in ours.transitions] == [(), ()]
+
+
+def test_rates_of_a_backup_that_is_not_used_are_not_watched(tmp_path):
+    settings = {"patience": 9, "max_frozen_epochs": 2}
+    model, _ = build(keras.optimizers.SGD(0.02))
+    with pytest.raises(Interruption):
+        fit(model, callback(tmp_path, **settings), InterruptAt("on_epoch_begin", 4))
+    model, _ = build(keras.optimizers.SGD(0.02))
+    ours = callback(tmp_path, **settings)
+    read, failed = ours._read_schedule_starts, []
+
+    def raise_once(state):
+        if not failed:
+            failed.append(state)
+            raise ValueError("it is damaged.")
+        return read(state)
+
+    class Harmless(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            pass
+
+    ours._read_schedule_starts = raise_once
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        history = fit(model, Harmless(), ours)
+    assert len(history["stage"]) == EPOCHS - 2
+    said = [str(one.message) for one in caught]
+    assert any("it is damaged" in one for one in said)
+    assert not [one for one in said if "UnfreezeAtConvergence had set" in one]
+
+
 def test_the_same_model_goes_on_after_an_interruption(tmp_path):
     # In a notebook: the model lives on, in a later stage than its backup perhaps.
     for at, hook in [(2, "on_epoch_end"), (12, "on_train_batch_end"), (5, "on_epoch_begin")]:
@@ -290,6 +341,27 @@ def test_a_model_that_went_further_than_its_backup_goes_back(tmp_path):
         # In the first epoch after the switch, before there is a backup of it.
         fit(model, callback(tmp_path), InterruptAt("on_train_batch_end", 3 * switch + 1))
     fit(model, callback(tmp_path))
+    assert values_of(model) == expected[0]
+
+
+@pytest.mark.parametrize("names", [("others", "rest"), ("others", "head")], ids=str)
+def test_a_model_that_went_further_keeps_the_groups_it_was_compiled_with(tmp_path, names):
+    def make():
+        groups = {name: keras.optimizers.SGD(0.02, momentum=0.9) for name in names}
+        return GroupOptimizer(groups, assign={names[0]: ".*(?<!bias)"})
+
+    arguments = {"learning_rate": 1e-5}
+    expected = undisturbed(make(), arguments)
+    switch = expected[1]["stage"].index(1)
+    model, _ = build(make())
+    with pytest.raises(Interruption):
+        fit(
+            model,
+            callback(tmp_path, **arguments),
+            InterruptAt("on_train_batch_end", 3 * switch + 1),
+        )
+    fit(model, callback(tmp_path, **arguments))
+    assert list(model.optimizer.groups) == list(names)
     assert values_of(model) == expected[0]
 
 

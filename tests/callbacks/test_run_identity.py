@@ -7,8 +7,16 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, internals
-from keras_tl.callbacks.run_identity import difference
+from keras_tl import (
+    FrozenBackbone,
+    GroupOptimizer,
+    Stage,
+    UnfreezeAtConvergence,
+    internals,
+    layerwise_learning_rates,
+)
+from keras_tl.callbacks.run_identity import difference, doubt
+from keras_tl.configurations import plain
 from tests.conftest import regression_data
 
 pytestmark = pytest.mark.covers("part: backup_dir")
@@ -141,6 +149,109 @@ def test_a_model_that_was_trained_since_is_the_same_run(tmp_path):
     model.compile(keras.optimizers.Adam(0.3), "mse")
     with pytest.raises(ValueError, match=r"compile.optimizer.learning_rate \(was 0.02, is 0.3\)"):
         identity(model, tmp_path, callback)
+
+
+def test_a_sequential_model_that_the_first_batch_builds(tmp_path):
+    def make(head=1, inner=()):
+        keras.utils.set_random_seed(0)
+        base = keras.Sequential([*inner, keras.layers.Dense(4)])
+        model = keras.Sequential([FrozenBackbone(base), keras.layers.Dense(head)])
+        model.compile("sgd", "mse")
+        return model
+
+    unbuilt = identity(make(), tmp_path)
+    built = make()
+    built(X[:1])
+    assert difference(unbuilt, identity(built, tmp_path)) is None
+    assert difference(unbuilt, identity(make(inner=[keras.Input((4,))]), tmp_path)) is None
+    assert "(Dense).units (was 1, is 2)" in difference(unbuilt, identity(make(2), tmp_path))
+
+
+class WithoutConfig(keras.Model):
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.out = FrozenBackbone(base), keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.out(self.base(x))
+
+
+def test_a_model_without_a_configuration_that_the_first_batch_builds(tmp_path):
+    def make():
+        keras.utils.set_random_seed(0)
+        model = WithoutConfig(keras.Sequential([keras.layers.Dense(4)]))
+        model.compile("sgd", "mse")
+        return model
+
+    built = make()
+    built(X[:1])
+    assert difference(identity(make(), tmp_path), identity(built, tmp_path)) is None
+
+
+def test_learning_rates_of_layers_whose_names_count_up(tmp_path):
+    def of(model, decay=0.5):
+        rates = layerwise_learning_rates(model.layers[0], 1e-3, decay=decay)
+        return identity(model, tmp_path, callback={"learning_rate": rates})
+
+    assert difference(of(build()), of(build())) is None
+    assert "learning_rate[" in difference(of(build()), of(build(), 0.25))
+
+
+def unseeded(monkeypatch, drawn="zeros"):
+    """A model with a backbone that is not trained."""
+    monkeypatch.setattr(internals, "global_seed", lambda: None)
+    layers = [keras.layers.Dense(4, bias_initializer=drawn), keras.layers.BatchNormalization()]
+    base = keras.Sequential([keras.Input((4,)), *layers])
+    model = keras.Sequential([keras.Input((4,)), FrozenBackbone(base), keras.layers.Dense(1)])
+    model.compile("sgd", "mse")
+    return model
+
+
+def test_vectors_drawn_at_random_are_not_what_a_backbone_has_learnt(tmp_path, monkeypatch):
+    one = identity(unseeded(monkeypatch, "random_normal"), tmp_path)
+    other = identity(unseeded(monkeypatch, "random_normal"), tmp_path)
+    assert difference(one, other) is None
+    assert doubt(one, other) is None
+
+
+def test_another_backbone_is_doubted_where_no_seed_is_set(tmp_path, monkeypatch):
+    def trained(value):
+        model = unseeded(monkeypatch)
+        model.layers[0].backbone.layers[0].bias.assign(value * np.arange(4.0))
+        return identity(model, tmp_path)
+
+    one, other = trained(1.0), trained(2.0)
+    assert difference(one, other) is None
+    assert doubt(one, one) is None
+    assert "the weights with which the backbone began" in doubt(one, other)
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["one optimizer", "groups"])
+def test_a_checkpoint_that_is_loaded_if_it_exists(tmp_path, grouped):
+    def make():
+        model = build(rate=0.02)
+        if grouped:
+            groups = {"rest": keras.optimizers.SGD(0.01), "base": keras.optimizers.SGD(0.02)}
+            # By a layer, of which an optimizer that is not built has no configuration.
+            model.compile(GroupOptimizer(groups, assign={"base": model.layers[0]}), "mse")
+        return model
+
+    fresh = identity(make(), tmp_path)
+    model = make()
+    model.fit(X, Y, batch_size=8, verbose=0)
+    model.optimizer.learning_rate = 0.001  # As `ReduceLROnPlateau` does.
+    model.save(tmp_path / "model.keras")
+    loaded = keras.saving.load_model(tmp_path / "model.keras")
+    assert difference(fresh, identity(loaded, tmp_path / "of another")) is None
+    loaded.compile(keras.optimizers.RMSprop(0.02), "mse")
+    told = difference(fresh, identity(loaded, tmp_path / "of another"))
+    assert "compile.optimizer (was" in told
+
+
+def test_sets_are_the_same_in_every_process():
+    words = ["ab", "cd", "ef", "gh", "ij"]
+    assert plain(set(words)) == plain(frozenset(words)) == words
+    json.dumps(plain({"words": frozenset(words)}))
 
 
 # Another run.

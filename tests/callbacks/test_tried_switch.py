@@ -252,6 +252,15 @@ def test_a_step_of_ones_own_that_uses_the_optimizer_is_no_error():
     assert callback.stage == 1
 
 
+def test_a_step_that_accumulates_gradients_is_a_step():
+    plain = build()
+    model = OwnStep(plain.inputs, plain.outputs)
+    model.compile(keras.optimizers.SGD(0.01, gradient_accumulation_steps=4), "mse")
+    callback = switch(verbose=0, max_frozen_epochs=1)
+    fit(model, callback, epochs=2)
+    assert callback.stage == 1
+
+
 def test_a_step_that_overflows_is_a_step():
     plain = build()
     model = OwnStep(plain.inputs, plain.outputs)
