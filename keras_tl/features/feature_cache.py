@@ -271,7 +271,7 @@ class FeatureCache:
         verbose: int,
     ) -> tuple[str, Samples | None]:
         """Returns the folder of data without a name, and its samples if they were read for it."""
-        known = self._known.of(x)
+        known = self._known.of(x, identity["training"])
         if known is not None and not (check_data and source.repeatable):
             return known, None
         assert self._folder is not None
@@ -284,7 +284,7 @@ class FeatureCache:
             taken=self._known.folders,
             verbose=verbose,
         )
-        self._known.add(x, name)
+        self._known.add(x, identity["training"], name)
         return name, samples
 
     def _store(
@@ -311,21 +311,23 @@ class _Known:
     """The folders of the data that a cache was called on, for data that must not be read again."""
 
     def __init__(self) -> None:
-        self._seen: list[tuple[weakref.ref[Any], str]] = []
+        self._seen: list[tuple[weakref.ref[Any], bool, str]] = []
 
-    def of(self, x: Any) -> str | None:
-        """Returns the folder of the same object, if the cache was called on it."""
+    def of(self, x: Any, training: bool) -> str | None:
+        """Returns the folder of the same object, if the cache was called on it in that way."""
         first = next(iter(keras.tree.flatten(x)), x)
-        return next((folder for seen, folder in self._seen if seen() is first), None)
+        called = (folder for seen, how, folder in self._seen if seen() is first and how == training)
+        return next(called, None)
 
-    def add(self, x: Any, folder: str) -> None:
+    def add(self, x: Any, training: bool, folder: str) -> None:
         """Notes a folder."""
-        self._seen.append((weakref.ref(next(iter(keras.tree.flatten(x)), x)), folder))
+        first = next(iter(keras.tree.flatten(x)), x)
+        self._seen.append((weakref.ref(first), training, folder))
 
     @property
     def folders(self) -> set[str]:
         """The folders that data has been given."""
-        return {folder for _, folder in self._seen}
+        return {folder for *_, folder in self._seen}
 
 
 def _records_of_nothing(split: SplitModel, source: Source) -> Records:

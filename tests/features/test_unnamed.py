@@ -216,3 +216,12 @@ def test_a_folder_is_the_same_after_a_change_of_directory(
     assert cache_of(model, "features")(X, Y) == features
     assert batches_extracted == []
     assert np.frombuffer(features[0], "float32").shape == (8,)
+
+
+@pytest.mark.parametrize("check_data", [True, False])
+def test_the_same_data_for_fit_and_for_evaluate_has_a_folder_for_each(check_data, model, tmp_path):
+    for _ in range(2):
+        cache = cache_of(model, tmp_path)
+        for training in (True, False):
+            cache(X, Y, training=training, check_data=check_data)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
