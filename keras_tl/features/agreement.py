@@ -51,7 +51,8 @@ def difference(
     coarse = internals.rounds_coarsely(flatten_layers(model)) or any(
         x.dtype.name in ("float16", "bfloat16") for x in keras.tree.flatten(features)
     )
-    methods = {"predict": functools.partial(_same_outputs, coarse=coarse)}
+    methods: dict[str, Callable[..., bool]] = {}
+    methods["predict"] = functools.partial(_same_outputs, coarse=coarse)
     if y is not None and model.compiled:
         methods["evaluate"] = _same_loss
     with _left_alone(model, head, eager) as put_back:
