@@ -4,7 +4,7 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
+from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, internals
 from tests import models
 from tests.conftest import as_bytes, regression_data
 
@@ -125,3 +125,18 @@ def test_a_model_that_shares_nothing_keeps_what_it_has_compiled():
     function = stranger.predict_function
     wrapper.unfreeze()
     assert stranger.predict_function is function
+
+
+@ON_JAX
+def test_models_are_looked_for_only_where_a_flag_changes(monkeypatch):
+    asked, (_, _, wrapper) = [], build()
+    monkeypatch.setattr(internals.models, "_compiled_models", lambda _: asked.append(1) or [])
+    wrapper.freeze()
+    assert not asked
+    wrapper.unfreeze("block2")
+    assert len(asked) == 1
+    wrapper.unfreeze("block2")
+    assert len(asked) == 1
+    wrapper.freeze()
+    assert len(asked) == 2
+    assert not wrapper.trainable_weights

@@ -109,14 +109,12 @@ def doubt(was: Any, now: dict[str, Any]) -> str | None:
     if _seeded(was, now):
         return None
     found = list(_backbone_differences(was, now))
+    if not found:
+        return None
     return (
-        None
-        if not found
-        else (
-            f"different from those of the backup: {found[0]}. If it had learnt other things, "
-            "delete the folder and start over. If its weights are drawn at random, set a seed with "
-            "`keras.utils.set_random_seed` first."
-        )
+        f"different from those of the backup: {found[0]}. If it had learnt other things, delete "
+        "the folder and start over. If its weights are drawn at random, set a seed with "
+        "`keras.utils.set_random_seed` first."
     )
 
 

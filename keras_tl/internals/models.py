@@ -119,6 +119,11 @@ def functions_kept() -> Iterator[None]:
         _kept.reset(token)
 
 
+def renews_sharing() -> bool:
+    """Whether `renew_sharing` has anything to do when flags change."""
+    return keras.backend.backend() == "jax" and not _kept.get()
+
+
 @checked(SINCE_3_15)
 def renew_sharing(
     weights: Iterable[keras.Variable], *, besides: keras.Model | None = None, losses: bool = False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -258,12 +258,16 @@ class FrozenBackbone(keras.layers.Layer):
         >>> [layer.name for layer in backbone.unfreeze("Conv_1")]
         ['Conv_1']
         """
-        internals.renew_sharing(self.weights)
-        unfrozen = freezing.unfreeze(
-            self.backbone, layers, train_batchnorm=train_batchnorm, hand_frozen=self.hand_frozen
-        )
-        internals.set_layer_flag(self, True)
-        return unfrozen
+
+        def change() -> list[keras.Layer]:
+            unfrozen = freezing.unfreeze(
+                self.backbone, layers, train_batchnorm=train_batchnorm, hand_frozen=self.hand_frozen
+            )
+            internals.set_layer_flag(self, True)
+            return unfrozen
+
+        self._renew_sharing_if_changed_by(change)
+        return change()
 
     def freeze(self, layers: Selection = "all") -> None:
         """Makes the selected layers of the backbone not trainable.
@@ -282,9 +286,28 @@ class FrozenBackbone(keras.layers.Layer):
         >>> _ = backbone.unfreeze()
         >>> backbone.freeze("block_1_.*")
         """
-        internals.renew_sharing(self.weights)
-        freezing.freeze(self.backbone, layers)
-        internals.set_layer_flag(self, bool(self.trainable_weights))
+
+        def change() -> None:
+            freezing.freeze(self.backbone, layers)
+            internals.set_layer_flag(self, bool(self.trainable_weights))
+
+        self._renew_sharing_if_changed_by(change)
+        change()
+
+    def _renew_sharing_if_changed_by(self, change: Callable[[], Any]) -> None:
+        """Has models that share weights compile anew, if there is a flag that is to change.
+
+        Before it changes, for the values of a `fit` that runs go by position. To look for the
+        models takes longer than to try.
+        """
+        if not internals.renews_sharing():
+            return
+        before = freezing.get_trainable_flags(self)
+        with freezing.trainable_flags_kept(self):
+            change()
+            changed = freezing.get_trainable_flags(self) != before
+        if changed:
+            internals.renew_sharing(self.weights)
 
     def get_build_config(self) -> dict[str, Any] | None:
         config = super().get_build_config()
