@@ -119,8 +119,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
             A backup knows its run, and another run does not go on from it: that is an error that
             says what differs. Compared are the model's configuration; optimizer, loss and metrics;
-            the settings of this callback and which weights train in each stage; what a frozen
-            backbone has learnt; the seed of `keras.utils.set_random_seed`, if both have set one;
+            the settings of this callback and which weights train in each stage; the seed of
+            `keras.utils.set_random_seed`, if both have set one, and then also what a frozen
+            backbone has learnt, which is otherwise no more than a warning;
             the number of steps in an epoch, and of arrays (also those, and the file names, that a
             `tf.data.Dataset` is made from) the shapes and the samples in any order; the backend and
             the number of processes. Not compared are initial weights that are drawn at random,
