@@ -254,8 +254,9 @@ def set_initial_epoch(model: keras.Model, epoch: int) -> None:
 @checked(SINCE_3_15)
 def unset_initial_epoch(model: keras.Model) -> None:
     """Puts back what was there before `set_initial_epoch`, also one of a `fit` that failed."""
+    now = model._initial_epoch
     epoch, before = _epochs_set.pop(model, (None, None))
-    if epoch is not None and model._initial_epoch == epoch:
+    if epoch is not None and now == epoch:
         model._initial_epoch = before
 
 
