@@ -21,8 +21,6 @@ from tests.callbacks.test_backup_dir import (
 )
 from tests.conftest import examples, values_of
 
-pytestmark = pytest.mark.covers("part: backup_dir")
-
 SETTINGS = {"max_frozen_epochs": 2, "warmup_steps": 20}
 
 

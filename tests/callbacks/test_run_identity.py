@@ -19,8 +19,6 @@ from keras_tl.callbacks.run_identity import difference, doubt
 from keras_tl.configurations import plain
 from tests.conftest import regression_data
 
-pytestmark = pytest.mark.covers("part: backup_dir")
-
 X, Y = regression_data(48)
 VALIDATION = (X[:8] + 1, Y[:8])
 
