@@ -143,9 +143,10 @@ class SplitModel:
         given = features if len(features) > 1 else next(iter(features.values()))
         # Not the head itself, whose metrics would be built then: `fit` builds them by a call of the
         # model, for which torch draws random numbers.
-        twin = keras.Model(self.head.input, self.head.output, name=self.head.name)
-        if self._model.compiled:
-            twin.compile(**internals.compile_arguments(self._model))
+        with internals.strategy_scope(self.head):
+            twin = keras.Model(self.head.input, self.head.output, name=self.head.name)
+            if self._model.compiled:
+                twin.compile(**internals.compile_arguments(self._model))
         return difference(self._model, twin, batch, given, **settings)
 
     def _check_no_loss(self, inputs: Any) -> None:
