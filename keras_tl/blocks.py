@@ -18,6 +18,8 @@ from keras_tl.selecting import (
     flatten_layers,
     is_batchnorm,
     named_layers,
+    roots,
+    top_layers,
 )
 
 # block3_conv1, conv4_block2_1_conv, block2a_expand_conv, stage_0_block_1_conv, encoder_layer_3.
@@ -88,7 +90,7 @@ def _names_of_blocks(named: dict[str, keras.Layer]) -> dict[str, str]:
 def _cuts(backbone: Backbone, named: dict[str, keras.Layer]) -> dict[str, str]:
     """The layers with weights that begin a block: after what everything goes through."""
     names = {id(layer): name for name, layer in named.items()}
-    cuts = {id(one) for root in _roots(backbone) for one in _passed_by_all(root)}
+    cuts = {id(one) for root in roots(backbone) for one in _passed_by_all(root)}
     begins = {}
     passed = True
     for one in _in_order(backbone):
@@ -202,7 +204,7 @@ def _units_with_weights(
     backbone: Backbone, left_out: Iterable[keras.Layer] = ()
 ) -> dict[str, keras.Layer]:
     """The layers as a user counts them that have weights, by name, from input to output."""
-    units = {id(one) for one in _in_order(_top(backbone))}
+    units = {id(one) for one in _in_order(top_layers(backbone))}
     found: dict[int, tuple[str, keras.Layer]] = {}
     for name, layer in named_layers(backbone):
         if id(layer) in units and layer.weights and not is_held(layer, left_out):
@@ -231,17 +233,6 @@ def warn_of_one_block(backbone: Backbone, instead: str) -> None:
             f"others begin. {instead} by themselves.",
             stacklevel=4,
         )
-
-
-def _roots(backbone: Backbone) -> Sequence[keras.Layer]:
-    return [backbone] if isinstance(backbone, keras.Layer) else backbone
-
-
-def _top(backbone: Backbone) -> Sequence[keras.Layer]:
-    """The layers that blocks are made of: those in a backbone, however it is made."""
-    if isinstance(backbone, keras.Layer) and internals.sublayers(backbone):
-        return internals.sublayers(backbone)
-    return _roots(backbone)
 
 
 def _trains(layer: keras.Layer) -> bool:

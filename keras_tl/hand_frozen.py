@@ -14,7 +14,7 @@ import keras
 
 from keras_tl import internals
 from keras_tl.paths import layer_paths, weight_paths
-from keras_tl.selecting import Backbone, flatten_layers, is_batchnorm
+from keras_tl.selecting import Backbone, flatten_layers, is_batchnorm, roots
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +49,7 @@ class HandFrozen:
             config: What `to_config` returned, or the positions of weights that version 0.1 wrote.
         """
         if not isinstance(config, Mapping):
-            every = [weight for root in _roots(backbone) for weight in root.weights]
+            every = [weight for root in roots(backbone) for weight in root.weights]
             return cls(weights=[every[index] for index in config if index < len(every)])
         layers, weights = layer_paths(backbone), weight_paths(backbone)
         return cls(
@@ -125,7 +125,7 @@ def _training(backbone: Backbone) -> list[keras.Layer]:
             for sublayer in internals.sublayers(layer):
                 visit(sublayer)
 
-    for root in _roots(backbone):
+    for root in roots(backbone):
         visit(root)
     return training
 
@@ -135,10 +135,6 @@ def _could_train(layer: keras.Layer) -> bool:
     may_make_some = not layer.built and not internals.sublayers(layer)
     has_some = bool(internals.own_trainable_weights(layer))
     return (has_some or may_make_some) and not is_batchnorm(layer)
-
-
-def _roots(backbone: Backbone) -> list[keras.Layer]:
-    return [backbone] if isinstance(backbone, keras.Layer) else list(backbone)
 
 
 def _ids(objects: Iterable[object]) -> set[int]:

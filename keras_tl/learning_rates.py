@@ -13,7 +13,7 @@ import numpy as np
 from keras_tl import internals
 from keras_tl.backbones import unwrapped
 from keras_tl.blocks import split_into_blocks, warn_of_one_block
-from keras_tl.selecting import Backbone, describe, named_layers, no_such_layer
+from keras_tl.selecting import Backbone, describe, named_layers, no_such_layer, roots
 
 LearningRate: TypeAlias = (
     float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], float]
@@ -232,5 +232,4 @@ class LayerwiseLearningRates(Mapping[str, float]):
 
 
 def _weights_of(backbone: Backbone) -> list[keras.Variable]:
-    roots = [backbone] if isinstance(backbone, keras.Layer) else backbone
-    return [weight for layer in roots for weight in layer.weights]
+    return [weight for layer in roots(backbone) for weight in layer.weights]

@@ -34,7 +34,7 @@ def flatten_layers(backbone: Backbone) -> list[keras.Layer]:
             for sublayer in internals.sublayers(layer):
                 visit(sublayer)
 
-    for layer in _roots(backbone):
+    for layer in roots(backbone):
         visit(layer)
     return list(found.values())
 
@@ -63,7 +63,7 @@ def named_layers(backbone: Backbone) -> list[tuple[str, keras.Layer]]:
             for sublayer in internals.sublayers(layer):
                 visit(sublayer, f"{prefix}{layer.name}/")
 
-    for layer in _top(backbone):
+    for layer in top_layers(backbone):
         visit(layer, "")
     return named
 
@@ -79,7 +79,7 @@ def layer_units(backbone: Backbone) -> list[keras.Layer]:
             return [layer]
         return [unit for sublayer in internals.sublayers(layer) for unit in visit(sublayer)]
 
-    return _unique(unit for layer in _top(backbone) for unit in visit(layer))
+    return _unique(unit for layer in top_layers(backbone) for unit in visit(layer))
 
 
 def check_selection(layers: Selection, argument: str = "layers") -> None:
@@ -135,7 +135,7 @@ def select_layers(
     """
     check_selection(layers, argument)
     if isinstance(layers, str) and layers == "all":
-        selected = _roots(backbone)
+        selected = roots(backbone)
     elif isinstance(layers, int):
         selected = _nearest_output(backbone, layers, count_batchnorm, not_counted, argument)
     elif isinstance(layers, (str, re.Pattern)):
@@ -214,7 +214,7 @@ def batchnorm_layers(backbone: Backbone) -> list[keras.Layer]:
 
 def describe(backbone: Backbone) -> str:
     """Returns the backbone's name for a message."""
-    return ", ".join(f'"{layer.name}"' for layer in _roots(backbone))
+    return ", ".join(f'"{layer.name}"' for layer in roots(backbone))
 
 
 def no_such_layer(backbone: Backbone, asked: str, argument: str = "layers") -> str:
@@ -225,15 +225,16 @@ def no_such_layer(backbone: Backbone, asked: str, argument: str = "layers") -> s
     return f'`{argument}="{asked}"` matches no layer of the backbone {describe(backbone)}.{hint}'
 
 
-def _roots(backbone: Backbone) -> list[keras.Layer]:
+def roots(backbone: Backbone) -> list[keras.Layer]:
+    """Returns a backbone as a list of layers, which it may be already."""
     return [backbone] if isinstance(backbone, keras.Layer) else list(backbone)
 
 
-def _top(backbone: Backbone) -> list[keras.Layer]:
-    """The layers that names start at: those directly in a backbone, which itself is no choice."""
+def top_layers(backbone: Backbone) -> list[keras.Layer]:
+    """Returns the layers that names start at: those in a backbone, which itself is no choice."""
     if isinstance(backbone, keras.Layer) and internals.sublayers(backbone):
         return internals.sublayers(backbone)
-    return _roots(backbone)
+    return roots(backbone)
 
 
 def _unique(layers: Iterable[keras.Layer]) -> list[keras.Layer]:
