@@ -128,7 +128,9 @@ class Backbones:
         Nor do single weights count that were frozen by hand, as long as others train.
         """
         trains = bool(self.plain) and all(layer.trainable for layer in self.plain)
-        trains = trains and bool(self.trainable_weights)
+        # A backbone that is not built has no weights yet: its flags are all that it says.
+        built = all(is_built(layer) for layer in self.plain)
+        trains = trains and (bool(self.trainable_weights) or not built)
         return trains and freezing.is_thawed(self.plain, self._hand_frozen)
 
     def freeze(self) -> None:
