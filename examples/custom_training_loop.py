@@ -20,7 +20,12 @@ import numpy as np
 import tensorflow as tf
 from sklearn.datasets import load_digits
 
-from keras_tl import ConvergenceMonitor, FreezeGuard, FrozenBackbone, renew_optimizer
+from keras_tl import (
+    ConvergenceMonitor,
+    FreezeGuard,
+    FrozenBackbone,
+    renew_optimizer,
+)
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 

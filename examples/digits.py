@@ -22,7 +22,12 @@ import keras
 import numpy as np
 from sklearn.datasets import load_digits
 
-from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, layerwise_learning_rates
+from keras_tl import (
+    FrozenBackbone,
+    Stage,
+    UnfreezeAtConvergence,
+    layerwise_learning_rates,
+)
 
 SEEDS = range(5)
 LABELLED, VALIDATION = 15, 100

@@ -9,15 +9,16 @@ from typing import Any
 
 import keras
 
-from keras_tl import internals
-from keras_tl.backbones import BackboneOf
+from keras_tl.backbone.backbones import BackboneOf
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
-from keras_tl.callbacks.joint_fits import JointFits
-from keras_tl.convergence import check_count
 from keras_tl.features import FeatureCache
 from keras_tl.features.same_epochs import check_training_data, check_validation_data, never_ends
 from keras_tl.features.splitting import UncacheableError
+from keras_tl.internals.batches import split_off_validation
+from keras_tl.internals.randomness import random_state
 from keras_tl.messages import say
+from keras_tl.stages.convergence import check_count
+from keras_tl.stages.joint_fits import JointFits
 
 
 def fine_tune(
@@ -148,7 +149,7 @@ def fine_tune(
             "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset` that has a length."
         )
     if validation_split and validation_data is None:
-        (x, y, sample_weight), validation_data = internals.held_out(
+        (x, y, sample_weight), validation_data = split_off_validation(
             x, y, sample_weight, validation_split
         )
     says = 1 if verbose == "auto" else verbose
@@ -173,7 +174,7 @@ def fine_tune(
     fits.begin(x, y, sample_weight, validation_data=validation_data, class_weight=class_weight)
     steps = None
     if switch.stage == 0 and not switch.decided:
-        put_back_random_state = internals.random_state()
+        put_back_random_state = random_state()
         try:
             check_training_data(
                 x,

@@ -10,13 +10,14 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tl import internals, switching
-from keras_tl.backbones import BackboneOf, Backbones
-from keras_tl.convergence import check_count
-from keras_tl.learning_rates import check_number
+from keras_tl.backbone.backbones import BackboneOf, Backbones
+from keras_tl.backbone.selecting import Selection, is_built
+from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.optimizers import GroupOptimizer
-from keras_tl.selecting import Selection, is_built
-from keras_tl.warm_up import check_can_be_set
+from keras_tl.optimizers.learning_rates import check_number
+from keras_tl.stages import switching
+from keras_tl.stages.convergence import check_count
+from keras_tl.stages.warm_up import check_can_be_set
 
 
 def find_learning_rate(
@@ -105,7 +106,7 @@ def find_learning_rate(
             backbones.check(layers, train_batchnorm)
             backbones.freeze()
             backbones.unfreeze(layers, train_batchnorm)
-        optimizer = internals.without_loss_scale(model.optimizer)
+        optimizer = without_loss_scale(model.optimizer)
         grouped = isinstance(optimizer, GroupOptimizer)
         switching.renew_training(model, None if grouped else low)
         model.fit(
@@ -221,7 +222,7 @@ class _RangeTest(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         # The logs have the mean of all steps since the last reset.
         self.model.reset_metrics()
-        optimizer = internals.without_loss_scale(self.model.optimizer)
+        optimizer = without_loss_scale(self.model.optimizer)
         optimizer.learning_rate = self._planned[len(self.losses)]
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
@@ -297,7 +298,7 @@ def _check_model(model: keras.Model) -> None:
             f'The model "{model.name}" is not built, so it has no weights yet that could be put '
             "back. Call it on a batch first."
         )
-    optimizer = internals.without_loss_scale(model.optimizer)
+    optimizer = without_loss_scale(model.optimizer)
     if isinstance(optimizer, GroupOptimizer):
         check_can_be_set("find_learning_rate", *optimizer.groups.values())
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import keras
 
-from keras_tl import internals
+from keras_tl.internals.processes import is_chief
 
 _logger = logging.getLogger("keras_tl")
 _NAMES_SHOWN = 3
@@ -18,7 +18,7 @@ def say(message: str) -> None:
 
     Of several processes that train one model, only the first does.
     """
-    if not internals.is_chief():
+    if not is_chief():
         return
     if keras.config.is_interactive_logging_enabled():
         print(message, flush=True)

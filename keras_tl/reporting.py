@@ -6,11 +6,13 @@ import dataclasses
 
 import keras
 
-from keras_tl import diagnosis, internals
-from keras_tl.fingerprints import itemsize
-from keras_tl.freezing import count_params
+from keras_tl.backbone.freezing import count_params
+from keras_tl.backbone.selecting import batchnorm_layers, flatten_layers
+from keras_tl.guard import diagnosis
+from keras_tl.guard.fingerprints import itemsize
+from keras_tl.internals.layers import sublayers
+from keras_tl.internals.optimizers import optimizer_weights
 from keras_tl.layers import FrozenBackbone
-from keras_tl.selecting import batchnorm_layers, flatten_layers
 from keras_tl.tables import format_table
 
 
@@ -95,7 +97,7 @@ def trainable_report(model: keras.Model, *, expand_nested: bool = False) -> Trai
     """
     mismatch = diagnosis.stale_compile(model)
     stale = {id(weight) for weight in mismatch.still_training + mismatch.not_training}
-    trained_before = internals.optimizer_weights(getattr(model, "optimizer", None)) is not None
+    trained_before = optimizer_weights(getattr(model, "optimizer", None)) is not None
     inference = _in_inference_mode(model)
 
     def report(name: str, layer: keras.Layer) -> LayerReport:
@@ -118,7 +120,7 @@ def trainable_report(model: keras.Model, *, expand_nested: bool = False) -> Trai
 
 def _rows(layer: keras.Layer, expand: bool, prefix: str = "") -> list[tuple[str, keras.Layer]]:
     rows = []
-    for sublayer in internals.sublayers(layer):
+    for sublayer in sublayers(layer):
         if expand and isinstance(sublayer, (keras.Model, FrozenBackbone)):
             rows += _rows(sublayer, expand, f"{prefix}{sublayer.name}/")
         elif sublayer.weights:

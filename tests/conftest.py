@@ -21,7 +21,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tl import internals
+from keras_tl.features import extraction, probe, splitting
+from keras_tl.internals.batches import predictions
 
 hypothesis.settings.register_profile(
     "keras_tl",
@@ -91,7 +92,7 @@ def _seeded():
 @pytest.fixture
 def batches_extracted(monkeypatch):
     """A list that gets an entry for each batch of the data that goes through a backbone once."""
-    extracted, original = [], internals.predictions
+    extracted, original = [], predictions
 
     def counted(model, batches):
         for one in original(model, batches):
@@ -99,7 +100,8 @@ def batches_extracted(monkeypatch):
                 extracted.append(one)
             yield one
 
-    monkeypatch.setattr(internals, "predictions", counted)
+    for module in (extraction, probe, splitting):
+        monkeypatch.setattr(module, "predictions", counted)
     return extracted
 
 

@@ -16,8 +16,14 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tl import FreezeGuard, FrozenBackbone, Stage, UnfreezeAtConvergence, internals
-from keras_tl import backup as backups
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    Stage,
+    UnfreezeAtConvergence,
+)
+from keras_tl.backup import snapshots as backups
+from keras_tl.internals.values import on_host
 from tests import models
 
 SAMPLES, BATCH, EPOCHS = 24, 8, 9
@@ -155,7 +161,7 @@ def run(schedule_name, layout, backup, fits, callbacks):
             shuffle=False,
             verbose=0,
         )
-    weights = [internals.on_host(weight) for weight in model.weights]
+    weights = [on_host(weight) for weight in model.weights]
     return {
         "digest": hashlib.sha256(b"".join(value.tobytes() for value in weights)).hexdigest(),
         "weights": [value.tolist() for value in weights],

@@ -18,10 +18,10 @@ from keras_tl import (
     FrozenBackbone,
     Stage,
     UnfreezeAtConvergence,
-    backup,
-    switching,
-    temporary_folders,
 )
+from keras_tl.backup import snapshots as backup
+from keras_tl.backup import temporary_folders
+from keras_tl.stages import switching
 from tests import models
 from tests.conftest import regression_data, values_of
 

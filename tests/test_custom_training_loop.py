@@ -4,7 +4,12 @@ import keras
 import pytest
 import tensorflow as tf
 
-from keras_tl import ConvergenceMonitor, FrozenBackbone, UnfreezeAtConvergence, renew_optimizer
+from keras_tl import (
+    ConvergenceMonitor,
+    FrozenBackbone,
+    UnfreezeAtConvergence,
+    renew_optimizer,
+)
 from tests import models
 from tests.conftest import Recorder, only_on, regression_data, values_of
 

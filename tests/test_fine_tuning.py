@@ -18,8 +18,8 @@ from keras_tl import (
     StaleCacheError,
     UnfreezeAtConvergence,
     fine_tune,
-    internals,
 )
+from keras_tl.internals.callback_list import callbacks_beside
 from tests import models, strategies
 from tests.conftest import examples, only_on, regression_data, seeded_dropout, values_of
 
@@ -501,7 +501,7 @@ class Beside(keras.callbacks.Callback):
         self.names = names
 
     def on_train_begin(self, logs=None):
-        self.names += [type(one).__name__ for one in internals.callbacks_beside(self)]
+        self.names += [type(one).__name__ for one in callbacks_beside(self)]
 
 
 def test_a_layer_that_is_moved_is_caught_by_the_guard_that_is_added():

@@ -8,10 +8,16 @@ from pathlib import Path
 import keras
 import pytest
 
-from keras_tl import FrozenBackbone, internals, switching
-from keras_tl.internals.checked import checked
+import keras_tl
+from keras_tl import FrozenBackbone
+from keras_tl.internals import optimizers
+from keras_tl.internals.checked import UnsupportedKerasError, checked
+from keras_tl.internals.graphs import operation_of
+from keras_tl.internals.layers import set_layer_flag, sublayers
+from keras_tl.internals.models import compile_arguments, renew_functions, set_initial_epoch
+from keras_tl.stages import switching
 
-SOURCES = sorted(Path(internals.__file__).parent.glob("*.py"))
+SOURCES = sorted(Path(keras_tl.__file__, "..", "internals").resolve().glob("*.py"))
 
 
 def functions_that_touch_keras(source):
@@ -48,24 +54,24 @@ def model():
 @pytest.mark.parametrize(
     ("touch", "lacking"),
     [
-        (lambda: internals.sublayers(object()), "_flatten_layers"),
-        (lambda: internals.set_layer_flag(object(), True), "_trainable"),
-        (lambda: internals.set_initial_epoch(object(), 1), "_initial_epoch"),
-        (lambda: internals.compile_arguments(object()), "_compile_config"),
-        (lambda: internals.operation_of(object()), "_keras_history"),
+        (lambda: sublayers(object()), "_flatten_layers"),
+        (lambda: set_layer_flag(object(), True), "_trainable"),
+        (lambda: set_initial_epoch(object(), 1), "_initial_epoch"),
+        (lambda: compile_arguments(object()), "_compile_config"),
+        (lambda: operation_of(object()), "_keras_history"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_part_that_keras_lacks_is_named_with_the_versions_that_have_it(touch, lacking):
     message = f"Keras {keras.__version__}, which lacks .*'{lacking}'.*3.15.0 to 3.16.0"
-    with pytest.raises(internals.UnsupportedKerasError, match=message):
+    with pytest.raises(UnsupportedKerasError, match=message):
         touch()
 
 
 def test_a_method_that_keras_calls_no_more_is_not_replaced_in_silence():
     optimizer = model().optimizer
-    with pytest.raises(internals.UnsupportedKerasError, match="_method_of_the_past"):
-        internals.optimizers._replace(optimizer, "_method_of_the_past", print)
+    with pytest.raises(UnsupportedKerasError, match="_method_of_the_past"):
+        optimizers._replace(optimizer, "_method_of_the_past", print)
     assert not hasattr(optimizer, "_method_of_the_past")
 
 
@@ -73,7 +79,7 @@ def test_a_switch_with_a_keras_that_lacks_a_part_leaves_the_model_as_it_was():
     trained = model()
     optimizer = trained.optimizer
     vars(trained).pop("_compile_config")
-    lacks = pytest.raises(internals.UnsupportedKerasError, match="_compile_config")
+    lacks = pytest.raises(UnsupportedKerasError, match="_compile_config")
     with lacks, switching.all_or_nothing(trained):
         switching.renew_training(trained, 1e-4)
     assert trained.optimizer is optimizer
@@ -87,7 +93,7 @@ def test_an_error_of_the_users_own_model_stays_what_it_is():
     broken = Broken()
     broken.compile("adam", "mse")
     with pytest.raises(AttributeError, match="of_another_class"):
-        internals.renew_functions(broken, keep_evaluation=False)
+        renew_functions(broken, keep_evaluation=False)
 
 
 def test_an_error_in_a_function_that_a_touch_calls_stays_what_it_is():
@@ -96,7 +102,7 @@ def test_an_error_in_a_function_that_a_touch_calls_stays_what_it_is():
 
     with pytest.raises(AttributeError, match="missing"):
         checked("3.15.0")(lambda: missing())()
-    with pytest.raises(internals.UnsupportedKerasError, match="missing"):
+    with pytest.raises(UnsupportedKerasError, match="missing"):
         checked("3.15.0")(missing)()
     with pytest.raises(AttributeError, match="NoneType"):
         checked("3.15.0")(lambda: None.missing)()

@@ -66,7 +66,7 @@ def test_the_guides_recipe_switches_off_the_dropout_of_a_subclassed_head():
     if loss_in_fit != loss_in_evaluate:
         pytest.skip(
             f"Keras {keras.__version__} no longer lets `training=False` leak to later layers. "
-            "`internals.call_context_kept` may go once no supported Keras needs it."
+            "`call_context_kept` may go once no supported Keras needs it."
         )
 
 

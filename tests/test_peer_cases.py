@@ -52,7 +52,12 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tl import FrozenBackbone, GroupOptimizer, Stage, UnfreezeAtConvergence
+from keras_tl import (
+    FrozenBackbone,
+    GroupOptimizer,
+    Stage,
+    UnfreezeAtConvergence,
+)
 from keras_tl import layerwise_learning_rates as rates_by_layer
 from tests import models
 from tests.conftest import as_bytes, regression_data, values_of

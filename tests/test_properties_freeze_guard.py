@@ -16,7 +16,7 @@ from keras_tl import (
     StaleCompileError,
     UnfreezeAtConvergence,
 )
-from keras_tl.backbones import constant_weights
+from keras_tl.backbone.backbones import constant_weights
 from tests import models, strategies
 from tests.conftest import as_bytes, examples, only_on, regression_data
 

@@ -4,7 +4,8 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, internals
+from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
+from keras_tl.internals import models as inside_models
 from tests import models
 from tests.conftest import as_bytes, regression_data
 
@@ -130,7 +131,7 @@ def test_a_model_that_shares_nothing_keeps_what_it_has_compiled():
 @ON_JAX
 def test_models_are_looked_for_only_where_a_flag_changes(monkeypatch):
     asked, (_, _, wrapper) = [], build()
-    monkeypatch.setattr(internals.models, "_compiled_models", lambda _: asked.append(1) or [])
+    monkeypatch.setattr(inside_models, "_compiled_models", lambda _: asked.append(1) or [])
     wrapper.freeze()
     assert not asked
     wrapper.unfreeze("block2")

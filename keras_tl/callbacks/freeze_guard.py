@@ -12,8 +12,9 @@ from typing import Any
 
 import keras
 
-from keras_tl import backbones, diagnosis
-from keras_tl.diagnosis import STALE_COMPILE, Cause
+from keras_tl.backbone import backbones
+from keras_tl.backbone.freezing import count_params
+from keras_tl.backbone.selecting import Choice, check_choice, choose_layers, is_built
 from keras_tl.errors import (
     FrozenWeightsChangedError,
     Moment,
@@ -22,10 +23,10 @@ from keras_tl.errors import (
     describe_changes,
     describe_stale_compile,
 )
-from keras_tl.freezing import count_params
+from keras_tl.guard import diagnosis
+from keras_tl.guard.diagnosis import STALE_COMPILE, Cause
+from keras_tl.guard.watch import Change, WeightWatch
 from keras_tl.messages import say, some
-from keras_tl.selecting import Choice, check_choice, choose_layers, is_built
-from keras_tl.watch import Change, WeightWatch
 
 _ACTIONS = ("raise", "warn", "restore")
 

@@ -14,26 +14,29 @@ from typing import Any
 
 import keras
 
-from keras_tl import freezing, internals, switching
-from keras_tl.backbones import BackboneOf, changeable_weights, names_of_layers
-from keras_tl.best_weights import BestWeights
-from keras_tl.callbacks import early_stops, observers, tensorboard
-from keras_tl.callbacks.monitored_value import MonitoredValue, check_monitor
-from keras_tl.callbacks.neighbours import check_neighbours
-from keras_tl.callbacks.optimizer_use import OptimizerUse
-from keras_tl.callbacks.progress import Progress, read
-from keras_tl.callbacks.rate_watch import RateWatch, rates_set
-from keras_tl.callbacks.run_backup import RunBackup, RunSnapshot
-from keras_tl.callbacks.run_identity import identity_of
-from keras_tl.callbacks.transition import Transition
-from keras_tl.callbacks.wording import what_next, why_ended, why_still_frozen
-from keras_tl.convergence import ConvergenceMonitor, check_count, check_min_delta
-from keras_tl.learning_rates import LearningRate
+from keras_tl.backbone import freezing
+from keras_tl.backbone.backbones import BackboneOf, changeable_weights, names_of_layers
+from keras_tl.backbone.selecting import Selection, is_built
+from keras_tl.backup.run_backup import RunBackup, RunSnapshot
+from keras_tl.backup.run_identity import identity_of
+from keras_tl.internals.callback_list import callbacks_beside, data_of_fit
+from keras_tl.internals.models import keeps_no_optimizer, set_initial_epoch, unset_initial_epoch
+from keras_tl.internals.processes import of_chief
 from keras_tl.messages import say
-from keras_tl.selecting import Selection, is_built
-from keras_tl.stages import DEFAULT_RATE, Stage, check_rate_is_default, check_stages
-from keras_tl.staging import GO_ON, StagedModel
-from keras_tl.warm_up import WarmUp, check_can_be_set, learning_rate_of
+from keras_tl.optimizers.learning_rates import LearningRate
+from keras_tl.stages import early_stops, observers, switching, tensorboard
+from keras_tl.stages.best_weights import BestWeights
+from keras_tl.stages.convergence import ConvergenceMonitor, check_count, check_min_delta
+from keras_tl.stages.monitored_value import MonitoredValue, check_monitor
+from keras_tl.stages.neighbours import check_neighbours
+from keras_tl.stages.optimizer_use import OptimizerUse
+from keras_tl.stages.progress import Progress, read
+from keras_tl.stages.rate_watch import RateWatch, rates_set
+from keras_tl.stages.stage import DEFAULT_RATE, Stage, check_rate_is_default, check_stages
+from keras_tl.stages.staged_model import GO_ON, StagedModel
+from keras_tl.stages.transition import Transition
+from keras_tl.stages.warm_up import WarmUp, check_can_be_set, learning_rate_of
+from keras_tl.stages.words import what_next, why_ended, why_still_frozen
 
 
 class UnfreezeAtConvergence(keras.callbacks.Callback):
@@ -326,8 +329,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     # Hooks, in the order in which `fit` calls them.
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        internals.unset_initial_epoch(self.model)  # Of a fit that ended before its first epoch.
-        self._beside = internals.callbacks_beside(self)
+        unset_initial_epoch(self.model)  # Of a fit that ended before its first epoch.
+        self._beside = callbacks_beside(self)
         histories = (one for one in self._beside if isinstance(one, keras.callbacks.History))
         self.history = next(histories, None)
         self.logged_epochs = {}
@@ -361,7 +364,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         switched = self.model.optimizer is self._renewed_optimizer
         if not switched and self._staged.freeze_untouched():
             message = f"UnfreezeAtConvergence froze {self._staged.names}, which was trainable."
-            if internals.keeps_no_optimizer(self.model):
+            if keeps_no_optimizer(self.model):
                 message += (
                     f" If this {type(self.model).__name__} was saved in a fine-tuning stage, its "
                     f"file does not tell. {GO_ON}"
@@ -383,7 +386,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._say_stage()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
-        internals.unset_initial_epoch(self.model)
+        unset_initial_epoch(self.model)
         if self._progress.switch_reason is not None:
             self._switch(epoch, self._progress.switch_reason)
         self._rates.epoch = epoch
@@ -407,7 +410,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if self._optimizer_use is not None:
             self._optimizer_use.check(self.model)
             self._optimizer_use = None
-        data = internals.data_of_fit(self)
+        data = data_of_fit(self)
         validates = "validation_data" in data if data else None
         value = self._monitored.read(logs, validates=validates)
         logs.update(self._staged.learning_rates(self.stage))
@@ -428,7 +431,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             self._save(self._backup, epoch + 1)
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        internals.unset_initial_epoch(self.model)
+        unset_initial_epoch(self.model)
         observers.remove(self)
         if self._warm_up is not None:
             self._warm_up.finish()
@@ -520,7 +523,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             return
         epochs = (self.params or {}).get("epochs", 0)
         stopped = self._progress.stop_reason is not None
-        internals.set_initial_epoch(
+        set_initial_epoch(
             self.model, max(self._done_before, epochs) if stopped else self._done_before
         )
         self._say(
@@ -709,7 +712,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             after = self.model.trainable_weights
             offset += switching.regularization_loss(freezing.without(after, before))
             offset -= switching.regularization_loss(freezing.without(before, after))
-        self._progress.best.begin_stage(self._changeable, float(internals.of_chief(offset)))
+        self._progress.best.begin_stage(self._changeable, float(of_chief(offset)))
 
     # Messages.
 

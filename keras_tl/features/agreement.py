@@ -15,10 +15,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tl import internals
-from keras_tl.best_weights import Snapshot
+from keras_tl.backbone.selecting import flatten_layers
 from keras_tl.features.probe import same_array
-from keras_tl.selecting import flatten_layers
+from keras_tl.internals.layers import own_state, rounds_coarsely, seed_states
+from keras_tl.internals.models import functions_set_aside
+from keras_tl.internals.randomness import random_state
+from keras_tl.stages.best_weights import Snapshot
 
 # A loss near 0 is the difference of numbers that are rounded: it differs by more than they do.
 _LOSS_TOLERANCE, _SMALLEST_LOSS = 5e-2, 1e-6
@@ -48,7 +50,7 @@ def difference(
     """
     x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
     on_features = {"x": _dataset(features, y, weight)}
-    coarse = internals.rounds_coarsely(flatten_layers(model)) or any(
+    coarse = rounds_coarsely(flatten_layers(model)) or any(
         x.dtype.name in ("float16", "bfloat16") for x in keras.tree.flatten(features)
     )
     methods: dict[str, Callable[[Any, Any], bool]] = {
@@ -111,11 +113,11 @@ def _same_loss(expected: float, found: float) -> bool:
 def _left_alone(model: keras.Model, head: keras.Model, eager: bool) -> Iterator[Callable[[], None]]:
     """A context in which models can be evaluated, with a function that puts back what changes."""
     layers = flatten_layers([model, head])
-    state = [one for layer in layers for one in internals.own_state(layer)]
-    state += [one for layer in layers for one in internals.seed_states(layer)]
+    state = [one for layer in layers for one in own_state(layer)]
+    state += [one for layer in layers for one in seed_states(layer)]
     known = [*model.metrics_variables, *head.metrics_variables]
     values = Snapshot([*state, *known])
-    put_back_random_state = internals.random_state()
+    put_back_random_state = random_state()
 
     def put_back() -> None:
         for metric in [*model.metrics, *head.metrics]:
@@ -123,6 +125,6 @@ def _left_alone(model: keras.Model, head: keras.Model, eager: bool) -> Iterator[
         values.restore()
         put_back_random_state()
 
-    aside = functools.partial(internals.functions_set_aside, eager=eager)
+    aside = functools.partial(functions_set_aside, eager=eager)
     with aside(model), aside(head):
         yield put_back

@@ -12,12 +12,14 @@ from typing import Any, Self
 import keras
 import numpy as np
 
-from keras_tl import internals
 from keras_tl.features.probe import Probe, same_features
 from keras_tl.features.records import Records
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel, UncacheableError
 from keras_tl.features.store import DiskStore, MemoryStore, Shard, ShardName
+from keras_tl.internals.batches import predictions
+from keras_tl.internals.layers import own_state, seed_states
+from keras_tl.internals.values import on_host
 from keras_tl.messages import say, some
 
 # A shard is what an interruption loses at most, and what is held in memory while it is written.
@@ -130,7 +132,7 @@ class Extraction:
     ) -> tuple[Samples, list[np.ndarray]]:
         samples = Samples()
         packed: list[np.ndarray] = []
-        for batch, features in internals.predictions(self._extractor, group):
+        for batch, features in predictions(self._extractor, group):
             if self._check is not None:
                 self._check.raise_if_changed()
                 self._check_repeats(batch, features)
@@ -150,10 +152,10 @@ class Extraction:
 
     def _check_repeats(self, batch: Any, features: dict[str, Any]) -> None:
         """Raises an UncacheableError if the same batch gives other features now."""
-        ((_, again),) = internals.predictions(self._extractor, [batch])
+        ((_, again),) = predictions(self._extractor, [batch])
         if not same_features(features, again):
             # Which may not show in their seeds: on torch, Keras draws Dropout from elsewhere.
-            random = [layer.name for layer in self._split.layers if internals.seed_states(layer)]
+            random = [layer.name for layer in self._split.layers if seed_states(layer)]
             if random:
                 raise _random_layers_error(random)
             raise UncacheableError(
@@ -213,8 +215,8 @@ class _Constant:
     """
 
     def __init__(self, layers: Sequence[keras.Layer]):
-        self._random = _values(layers, internals.seed_states)
-        self._other = _values(layers, internals.own_state)
+        self._random = _values(layers, seed_states)
+        self._other = _values(layers, own_state)
 
     def raise_if_changed(self) -> None:
         """Raises an UncacheableError if a layer has changed, after putting it back."""
@@ -244,7 +246,7 @@ def _values(
     layers: Sequence[keras.Layer], variables_of: Callable[[keras.Layer], list[keras.Variable]]
 ) -> list[tuple[str, keras.Variable, bytes]]:
     return [
-        (layer.name, variable, internals.on_host(variable).tobytes())
+        (layer.name, variable, on_host(variable).tobytes())
         for layer in layers
         for variable in variables_of(layer)
     ]
@@ -254,7 +256,7 @@ def _changed(before: Sequence[tuple[str, keras.Variable, bytes]]) -> list[str]:
     """Returns the names of layers that have changed, and gives them their values back."""
     names: dict[str, None] = {}
     for name, variable, value in before:
-        now = internals.on_host(variable)
+        now = on_host(variable)
         if now.tobytes() != value:
             variable.assign(np.frombuffer(value, now.dtype).reshape(now.shape))
             names[name] = None

@@ -8,11 +8,11 @@ from typing import Any
 
 import keras
 
-from keras_tl import internals
+from keras_tl.backbone.selecting import flatten_layers
 from keras_tl.features.source import Source
 from keras_tl.features.splitting import SplitModel
+from keras_tl.internals.values import on_host
 from keras_tl.messages import some
-from keras_tl.selecting import flatten_layers
 
 # How far layers are frozen changes nothing in what they return in `fit`, once nothing of them is
 # trained; names change with the order in which models are made.
@@ -28,7 +28,7 @@ def identity_of(
     return {
         "configuration": _configuration_digest(split.graph, source.inputs),
         "weights": [
-            [weight.path, hashlib.sha256(internals.on_host(weight).tobytes()).hexdigest()]
+            [weight.path, hashlib.sha256(on_host(weight).tobytes()).hexdigest()]
             for weight in split.graph.weights
         ],
         **source.describe(),

@@ -14,8 +14,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tl import internals
-from keras_tl.selecting import flatten_layers
+from keras_tl.backbone.selecting import flatten_layers
+from keras_tl.internals.batches import predictions
+from keras_tl.internals.layers import rounds_coarsely
 
 # Of the largest number in a feature. Rounding differs between machines and compilers, in deep
 # networks by some 1e-5 in float32.
@@ -66,10 +67,10 @@ class Probe:
         ):
             return True
         inputs = keras.tree.pack_sequence_as(spec, flat)
-        ((_, now),) = internals.predictions(extractor, [(inputs,)])
+        ((_, now),) = predictions(extractor, [(inputs,)])
         # By their order: names change with that in which models are made.
         before = list(self.features.values())
-        coarse = internals.rounds_coarsely(flatten_layers(extractor))
+        coarse = rounds_coarsely(flatten_layers(extractor))
         return len(before) != len(now) or not same_features(
             dict(zip(now, before)), now, coarse=coarse
         )

@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_tl import internals
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import UncacheableError
+from keras_tl.internals.batches import batch_count
 
 
 def check_training_data(
@@ -42,7 +42,7 @@ def check_training_data(
     _check_kind(x, f"`fit` with `steps_per_epoch={steps}`")
     if steps is None:
         return
-    batches = internals.batch_count(x, y, sample_weight, batch_size)
+    batches = batch_count(x, y, sample_weight, batch_size)
     if batches is None and _repeats_after(x, steps, random=random):
         return
     if batches is None or steps < batches:

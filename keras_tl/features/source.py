@@ -11,8 +11,8 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tl import internals
 from keras_tl.features.splitting import UncacheableError
+from keras_tl.internals.batches import batches_of
 
 
 class Source:
@@ -47,9 +47,7 @@ class Source:
                 "Some of the targets are None, of which nothing can be recorded. Leave them out, "
                 "or train through the backbone."
             )
-        self._dataset, self.batches, self.close = internals.batches_of(
-            x, y, sample_weight, batch_size, steps
-        )
+        self._dataset, self.batches, self.close = batches_of(x, y, sample_weight, batch_size, steps)
         if self.batches is None and _has_no_end(x, self._dataset):
             raise ValueError("The data has no end. Pass `steps`, the number of batches to record.")
         self.repeatable = not inspect.isgenerator(x)

@@ -7,11 +7,27 @@ from typing import Any
 
 import keras
 
-from keras_tl import internals, switching
-from keras_tl.backbones import BackboneOf, Backbones
+from keras_tl.backbone.backbones import BackboneOf, Backbones
+from keras_tl.backbone.selecting import describe, flatten_layers
 from keras_tl.features.agreement import difference
+from keras_tl.internals.batches import predictions
+from keras_tl.internals.graphs import (
+    called_again,
+    cut_after,
+    graph_inputs,
+    graph_outputs,
+    operation_of,
+)
+from keras_tl.internals.layers import mask_of
+from keras_tl.internals.models import (
+    compile_arguments,
+    functions_set_aside,
+    losses_of,
+    own_methods,
+    strategy_scope,
+)
 from keras_tl.messages import some
-from keras_tl.selecting import describe, flatten_layers
+from keras_tl.stages import switching
 
 
 class UncacheableError(ValueError):
@@ -39,29 +55,29 @@ class SplitModel:
     """
 
     def __init__(self, model: keras.Model, backbone: BackboneOf | None):
-        outputs = internals.graph_outputs(model)
+        outputs = graph_outputs(model)
         if outputs is None:
             raise UncacheableError(
                 f'The model "{model.name}" (a {type(model).__name__}) cannot be split: only a '
                 "Functional or a built Sequential model has a graph in which the backbone's "
                 "outputs can be found. Write it as one, or train through the backbone."
             )
-        own = internals.own_methods(model)
+        own = own_methods(model)
         if own:
             raise UncacheableError(
                 f'The model "{model.name}" (a {type(model).__name__}) has its own {some(own)}, '
                 "which its head does not have: what that does with the data, such as preparing "
                 "it, would be left out of the record. Train through the backbone."
             )
-        inputs = internals.graph_inputs(model)
+        inputs = graph_inputs(model)
         self._model = model
         self._backbones = Backbones(model, backbone)
-        tensors = internals.cut_after(model, _operations(model, self._backbones))
+        tensors = cut_after(model, _operations(model, self._backbones))
         named = _named(tensors)
         self.bypassing = {
             name for name, x in named.items() if any(x is one for one in keras.tree.flatten(inputs))
         }
-        with internals.strategy_scope(model):
+        with strategy_scope(model):
             self._graph = keras.Model(inputs, tensors)
             self.check_constant()
             self._extractors = {
@@ -128,8 +144,8 @@ class SplitModel:
             differs = self._differs(batch, features, arrays=arrays)
         if differs is not None:
             # Compiled, the extractor may round another way than the model does in the check.
-            with internals.functions_set_aside(self._extractors[False], eager=True):
-                ((_, features),) = internals.predictions(self._extractors[False], [batch])
+            with functions_set_aside(self._extractors[False], eager=True):
+                ((_, features),) = predictions(self._extractors[False], [batch])
             differs = self._differs(batch, features, arrays=arrays, eager=True)
         if differs is not None:
             raise UncacheableError(
@@ -143,15 +159,15 @@ class SplitModel:
         given = features if len(features) > 1 else next(iter(features.values()))
         # Not the head itself, whose metrics would be built then: `fit` builds them by a call of the
         # model, for which torch draws random numbers.
-        with internals.strategy_scope(self.head):
+        with strategy_scope(self.head):
             twin = keras.Model(self.head.input, self.head.output, name=self.head.name)
             if self._model.compiled:
-                twin.compile(**internals.compile_arguments(self._model))
+                twin.compile(**compile_arguments(self._model))
         return difference(self._model, twin, batch, given, **settings)
 
     def _check_no_loss(self, inputs: Any) -> None:
         """Raises an UncacheableError if layers up to the split add to the loss."""
-        if internals.losses_of(self._extractors[True], inputs):
+        if losses_of(self._extractors[True], inputs):
             raise UncacheableError(
                 f"Layers up to the outputs of the backbone {self._backbones.names} add to the loss "
                 "(`activity_regularizer` or `add_loss`), which training on features would leave "
@@ -187,7 +203,7 @@ class Extractor(keras.Model):
     def call(self, inputs: Any) -> dict[str, Any]:
         outputs = keras.tree.flatten(self.graph(inputs, training=self.training))
         named = dict(zip(self.names, outputs, strict=True))
-        masks = {_mask_name(name): internals.mask_of(x) for name, x in named.items()}
+        masks = {_mask_name(name): mask_of(x) for name, x in named.items()}
         return {**named, **{name: mask for name, mask in masks.items() if mask is not None}}
 
 
@@ -220,12 +236,10 @@ def _head(
         mask = inputs.get(_mask_name(name))
         masked.append(inputs[name] if mask is None else WithMask()([inputs[name], mask]))
     structure = next(iter(inputs.values())) if len(inputs) == 1 else inputs
-    head = keras.Model(
-        structure, internals.called_again(tensors, masked, outputs), name=f"{model.name}_head"
-    )
+    head = keras.Model(structure, called_again(tensors, masked, outputs), name=f"{model.name}_head")
     if model.compiled:
         switching.build_optimizer(model)
-        head.compile(**internals.compile_arguments(model))
+        head.compile(**compile_arguments(model))
     return head
 
 
@@ -249,7 +263,7 @@ def _operations(model: keras.Model, backbones: Backbones) -> list[keras.Layer]:
 def _named(tensors: Sequence[Any]) -> dict[str, Any]:
     named: dict[str, Any] = {}
     for x in tensors:
-        name = base = internals.operation_of(x).name
+        name = base = operation_of(x).name
         count = 1
         while name in named:
             name, count = f"{base}_{count}", count + 1

@@ -32,7 +32,7 @@ def batch_count(x: Any, y: Any, sample_weight: Any, batch_size: int | None) -> i
     return get_data_adapter(x, y, sample_weight, batch_size).num_batches
 
 
-def held_out(x: Any, y: Any, sample_weight: Any, split: float) -> tuple[Any, Any]:
+def split_off_validation(x: Any, y: Any, sample_weight: Any, split: float) -> tuple[Any, Any]:
     """Returns arrays in two parts, as `validation_split` of `fit` does: to train and to validate.
 
     Args:

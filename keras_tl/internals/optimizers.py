@@ -74,11 +74,11 @@ def copy_weight_decay_exclusions(source: keras.Optimizer, target: keras.Optimize
 
 
 @checked(SINCE_3_15)
-def averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
+def moving_averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
     """Returns pairs of a variable and its moving average, which an optimizer may keep."""
     inner = without_loss_scale(optimizer)
     if isinstance(inner, keras.optimizers.MultiOptimizer):
-        return [pair for one in inner._inner_optimizers for pair in averages(one)]
+        return [pair for one in inner._inner_optimizers for pair in moving_averages(one)]
     if inner is None or not (inner.built and inner.use_ema):
         return []
     kept = zip(inner._trainable_variables, inner._model_variables_moving_average, strict=True)
@@ -98,11 +98,11 @@ def continue_averages(old: Any, new: Any) -> None:
     """
     if not on_host(old.iterations):
         return
-    kept = {id(variable): average for variable, average in averages(old)}
+    kept = {id(variable): average for variable, average in moving_averages(old)}
     new = without_loss_scale(new)
     several = isinstance(new, keras.optimizers.MultiOptimizer)
     for optimizer in new._inner_optimizers if several else [new]:
-        known = [(kept.get(id(one)), average) for one, average in averages(optimizer)]
+        known = [(kept.get(id(one)), average) for one, average in moving_averages(optimizer)]
         for before, average in known:
             if before is not None:
                 copy_value(before, average)

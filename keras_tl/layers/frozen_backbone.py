@@ -10,10 +10,22 @@ from typing import Any
 
 import keras
 
-from keras_tl import freezing, internals
-from keras_tl.hand_frozen import NOTHING, HandFrozen, frozen_by_hand
+from keras_tl.backbone import freezing
+from keras_tl.backbone.hand_frozen import NOTHING, HandFrozen, frozen_by_hand
+from keras_tl.backbone.selecting import Selection, batchnorm_layers, flatten_layers, no_such_layer
+from keras_tl.internals.graphs import outputs_in_graph
+from keras_tl.internals.layers import (
+    HeldInInference,
+    call_context_kept,
+    catches_inputs,
+    not_watched,
+    set_layer_flag,
+    take_call_signature,
+    training_by_name,
+)
+from keras_tl.internals.models import renew_sharing, renews_sharing
+from keras_tl.internals.saved_weights import read_without_wrapper
 from keras_tl.messages import some
-from keras_tl.selecting import Selection, batchnorm_layers, flatten_layers, no_such_layer
 
 _INFERENCE_MODES = ("always", "batchnorm")
 
@@ -38,7 +50,7 @@ class _CallArguments:
             if name != "training" and value is not None
         }
         # Of what `*inputs` catches, Keras tells the shapes as those of one input that is a tuple.
-        if len(args) == 1 and not kwargs and not internals.catches_inputs(layer):
+        if len(args) == 1 and not kwargs and not catches_inputs(layer):
             return None
         return cls(*keras.tree.map_structure(_spec_of, (args, kwargs)))
 
@@ -159,27 +171,27 @@ class FrozenBackbone(keras.layers.Layer):
         )
         self.inference_mode = inference_mode
         self.supports_masking = True
-        internals.take_call_signature(self, backbone)
+        take_call_signature(self, backbone)
         _warn_of_losses_taken_over(backbone)
         self._call_arguments: _CallArguments | None = None
         self.hand_frozen = frozen_by_hand(backbone)
         self._saved: _Saved | None = None
-        self._batchnorm_in_inference = internals.HeldInInference(batchnorm_layers(backbone))
+        self._batchnorm_in_inference = HeldInInference(batchnorm_layers(backbone))
         freezing.freeze(backbone)
         if trainable:
             self.trainable = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        args, kwargs = internals.training_by_name(self, args, kwargs)
+        args, kwargs = training_by_name(self, args, kwargs)
         if not self.built:
             self._call_arguments = _CallArguments.of(self, args, kwargs)
         # Keras stores an explicit `training` for the layers after this one before it calls `call`.
-        with internals.call_context_kept():
+        with call_context_kept():
             return super().__call__(*args, **kwargs)
 
     def build(self, input_shape: Any) -> None:
         self._build_backbone(input_shape)
-        self._batchnorm_in_inference = internals.HeldInInference(batchnorm_layers(self.backbone))
+        self._batchnorm_in_inference = HeldInInference(batchnorm_layers(self.backbone))
         if self._saved is not None:
             self._restore(self._saved)
         elif not self.trainable:
@@ -187,14 +199,14 @@ class FrozenBackbone(keras.layers.Layer):
             freezing.freeze(self.backbone)
 
     def call(self, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
-        args, kwargs = internals.training_by_name(self, args, {"training": training, **kwargs})
+        args, kwargs = training_by_name(self, args, {"training": training, **kwargs})
         if not self.trainable_weights or self.inference_mode == "always":
             kwargs["training"] = False
         trainable = {id(weight) for weight in self.backbone.trainable_weights}
         frozen = [weight for weight in self.backbone.weights if id(weight) not in trainable]
         with (
-            internals.call_context_kept(),
-            internals.not_watched(frozen),
+            call_context_kept(),
+            not_watched(frozen),
             self._batchnorm_in_inference,
         ):
             return self.backbone(*args, **kwargs)
@@ -263,7 +275,7 @@ class FrozenBackbone(keras.layers.Layer):
             unfrozen = freezing.unfreeze(
                 self.backbone, layers, train_batchnorm=train_batchnorm, hand_frozen=self.hand_frozen
             )
-            internals.set_layer_flag(self, True)
+            set_layer_flag(self, True)
             return unfrozen
 
         self._renew_sharing_if_changed_by(change)
@@ -289,7 +301,7 @@ class FrozenBackbone(keras.layers.Layer):
 
         def change() -> None:
             freezing.freeze(self.backbone, layers)
-            internals.set_layer_flag(self, bool(self.trainable_weights))
+            set_layer_flag(self, bool(self.trainable_weights))
 
         self._renew_sharing_if_changed_by(change)
         change()
@@ -300,14 +312,14 @@ class FrozenBackbone(keras.layers.Layer):
         Before it changes, for the values of a `fit` that runs go by position. To look for the
         models takes longer than to try.
         """
-        if not internals.renews_sharing():
+        if not renews_sharing():
             return
         before = freezing.get_trainable_flags(self)
         with freezing.trainable_flags_kept(self):
             change()
             changed = freezing.get_trainable_flags(self) != before
         if changed:
-            internals.renew_sharing(self.weights)
+            renew_sharing(self.weights)
 
     def get_build_config(self) -> dict[str, Any] | None:
         config = super().get_build_config()
@@ -348,13 +360,13 @@ class FrozenBackbone(keras.layers.Layer):
         else:
             layer.hand_frozen = NOTHING
             layer._saved = saved
-            internals.set_layer_flag(layer, saved.trainable_flags is not None)
+            set_layer_flag(layer, saved.trainable_flags is not None)
         return layer
 
     def load_own_variables(self, store: Any) -> None:
         """Loads nothing, for there is nothing besides the backbone's weights."""
         # A file of the same model without the wrapper may have the backbone's own weights here.
-        if not internals.read_without_wrapper(store, self.backbone, "backbone"):
+        if not read_without_wrapper(store, self.backbone, "backbone"):
             super().load_own_variables(store)
 
     def _build_backbone(self, input_shape: Any) -> None:
@@ -380,9 +392,9 @@ class FrozenBackbone(keras.layers.Layer):
         if saved.trainable_flags is None:
             freezing.freeze(self.backbone)
             return
-        internals.set_layer_flag(self, True)
+        set_layer_flag(self, True)
         lost = freezing.restore_trainable_flags(self.backbone, saved.trainable_flags)
-        internals.set_layer_flag(self, bool(self.trainable_weights))
+        set_layer_flag(self, bool(self.trainable_weights))
         if lost:
             warnings.warn(
                 f'In the saved backbone "{self.backbone.name}" some of what trained is not in the '
@@ -456,7 +468,7 @@ def _output_of(backbone: keras.Model, name: str) -> Any:
             f"{no_such_layer(backbone, name, 'output_layers')} Pass the name of a layer that is "
             "directly in the backbone, or a list of such names."
         )
-    outputs = internals.outputs_in_graph(backbone, backbone.get_layer(name))
+    outputs = outputs_in_graph(backbone, backbone.get_layer(name))
     if len(outputs) != 1:
         raise ValueError(
             f'`output_layers="{name}"` has no one output: the backbone "{backbone.name}" calls '

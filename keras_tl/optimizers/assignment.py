@@ -8,7 +8,7 @@ from typing import Any, TypeAlias
 
 import keras
 
-from keras_tl.learning_rates import LayerwiseLearningRates
+from keras_tl.optimizers.learning_rates import LayerwiseLearningRates
 
 Assignment: TypeAlias = (
     keras.Layer

@@ -10,8 +10,13 @@ from typing import Any, cast
 
 import keras
 
-from keras_tl import internals
-from keras_tl.learning_rates import LayerwiseLearningRates
+from keras_tl.internals.imported import clip_by_global_norm
+from keras_tl.internals.optimizers import (
+    copy_optimizer_state,
+    moving_averages,
+    optimizer_weights,
+    scale_learning_rates,
+)
 from keras_tl.optimizers.assignment import (
     Assignment,
     check_assign,
@@ -19,6 +24,7 @@ from keras_tl.optimizers.assignment import (
     membership,
     to_config,
 )
+from keras_tl.optimizers.learning_rates import LayerwiseLearningRates
 
 
 @keras.saving.register_keras_serializable(package="keras_tl")
@@ -182,7 +188,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         super().build(variables)
         for group, optimizer in self._groups.items():
             if any(self._scale_of(v) != 1.0 for v in variables if self.group_of(v) == group):
-                internals.scale_learning_rates(optimizer, self._scale_of)
+                scale_learning_rates(optimizer, self._scale_of)
 
     def build_from(
         self,
@@ -203,10 +209,10 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
             before = before.groups
         self.build(variables)
         for group, old in before.items():
-            known = {id(variable) for variable in internals.optimizer_weights(old) or ()}
+            known = {id(variable) for variable in optimizer_weights(old) or ()}
             members = [variable for variable in variables if self.group_of(variable) == group]
             if members and all(id(variable) in known for variable in members):
-                internals.copy_optimizer_state(old, self._groups[group])
+                copy_optimizer_state(old, self._groups[group])
 
     def apply(
         self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None
@@ -214,7 +220,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         if self.global_clipnorm:
             # The optimizers of the groups divide by the scale only after this.
             norm = self.global_clipnorm * (self.loss_scale_factor or 1.0)
-            grads = internals.clip_by_global_norm(list(grads), norm)
+            grads = clip_by_global_norm(list(grads), norm)
         super().apply(grads, trainable_variables)
 
     # The learning rate, as callbacks read and set it.
@@ -238,7 +244,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
     @property
     def _model_variables_moving_average(self) -> list[keras.Variable]:
         """What `SwapEMAWeights` swaps, if all groups keep averages: it swaps all or nothing."""
-        averages = {self._var_key(variable): kept for variable, kept in internals.averages(self)}
+        averages = {self._var_key(variable): kept for variable, kept in moving_averages(self)}
         if any(self._var_key(variable) not in averages for variable in self._trainable_variables):
             raise AttributeError("Not all groups have `use_ema=True`.")
         return [averages[self._var_key(variable)] for variable in self._trainable_variables]

@@ -6,7 +6,7 @@ from typing import Any
 
 import keras
 
-from keras_tl import internals
+from keras_tl.internals.optimizers import schedule_of, steps_of
 
 
 @keras.saving.register_keras_serializable(package="keras_tl")
@@ -51,13 +51,13 @@ class ShiftedSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
 def first_step_of(optimizer: keras.Optimizer) -> int:
     """Returns the step of an optimizer at which its schedule begins: 0 for one not shifted."""
-    schedule = internals.schedule_of(optimizer)
+    schedule = schedule_of(optimizer)
     return schedule.first_step if isinstance(schedule, ShiftedSchedule) else 0
 
 
 def set_first_step(optimizer: keras.Optimizer, first_step: int) -> None:
     """Has an optimizer's schedule begin at a step. Without a schedule, nothing happens."""
-    schedule = internals.schedule_of(optimizer)
+    schedule = schedule_of(optimizer)
     if isinstance(schedule, ShiftedSchedule):
         schedule = schedule.schedule
     if schedule is not None:
@@ -66,10 +66,10 @@ def set_first_step(optimizer: keras.Optimizer, first_step: int) -> None:
 
 def begin_schedule(optimizer: keras.Optimizer) -> None:
     """Has an optimizer's schedule begin now, whatever step the optimizer has reached."""
-    set_first_step(optimizer, internals.steps_of(optimizer))
+    set_first_step(optimizer, steps_of(optimizer))
 
 
 def continue_schedule(old: keras.Optimizer, new: keras.Optimizer) -> None:
     """Has the schedule that `new` took over from `old` go on, also where its step count begins."""
-    done = internals.steps_of(old) - internals.steps_of(new)
+    done = steps_of(old) - steps_of(new)
     set_first_step(new, first_step_of(old) - done)

@@ -7,10 +7,11 @@ from typing import Any
 
 import keras
 
-from keras_tl import internals
-from keras_tl.freezing import count_params
+from keras_tl.backbone.freezing import count_params
+from keras_tl.backbone.selecting import named_layers
+from keras_tl.internals.layers import own_state, own_trainable_weights
+from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.optimizers import GroupOptimizer
-from keras_tl.selecting import named_layers
 from keras_tl.visualization.axes import COLORS, GRAY, new_or_given
 
 
@@ -81,7 +82,7 @@ def _pieces_of(model: keras.Model) -> list[tuple[str, int, float | None]]:
     seen: set[int] = set()
     pieces = []
     for name, layer in named_layers(model):
-        weights = internals.own_trainable_weights(layer) + internals.own_state(layer)
+        weights = own_trainable_weights(layer) + own_state(layer)
         fresh = [weight for weight in weights if id(weight) not in seen]
         seen.update(map(id, fresh))
         for rate, members in _by_rate(fresh, rate_of).items():
@@ -102,7 +103,7 @@ def _rates(model: keras.Model, weights: Sequence[keras.Variable]) -> list[float]
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         return [0.0] * len(weights)
-    optimizer = internals.without_loss_scale(optimizer)
+    optimizer = without_loss_scale(optimizer)
     if isinstance(optimizer, GroupOptimizer):
         return optimizer.rates(weights)
     return [float(keras.ops.convert_to_numpy(optimizer.learning_rate))] * len(weights)

@@ -10,7 +10,7 @@ import statistics
 import keras
 
 from keras_tl import FrozenBackbone, GroupOptimizer, layerwise_learning_rates
-from keras_tl.learning_rates import LayerwiseLearningRates
+from keras_tl.optimizers.learning_rates import LayerwiseLearningRates
 from tests.benchmarks.timing import BATCH, REPEATS, SHAPE, images, print_table, seconds
 
 STEPS = 20

@@ -11,7 +11,7 @@ import keras
 import numpy as np
 
 from keras_tl import FreezeGuard, FrozenBackbone
-from keras_tl.watch import WeightWatch
+from keras_tl.guard.watch import WeightWatch
 from tests.benchmarks.timing import BATCH, REPEATS, SHAPE, images, print_table, seconds
 
 IMAGES = 1024

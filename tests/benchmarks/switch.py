@@ -10,8 +10,8 @@ import time
 import keras
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
-from keras_tl.backbones import changeable_weights
-from keras_tl.best_weights import Snapshot
+from keras_tl.backbone.backbones import changeable_weights
+from keras_tl.stages.best_weights import Snapshot
 from tests.benchmarks.timing import (
     BATCH,
     REPEATS,

@@ -17,7 +17,7 @@ from keras_tl import (
     Stage,
     UnfreezeAtConvergence,
 )
-from keras_tl import backup as backup_module
+from keras_tl.backup import snapshots as backup_module
 from tests import models
 from tests.conftest import (
     SEVERAL_STEPS,

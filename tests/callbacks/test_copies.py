@@ -6,7 +6,12 @@ import pickle
 import keras
 import pytest
 
-from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, layerwise_learning_rates
+from keras_tl import (
+    FrozenBackbone,
+    Stage,
+    UnfreezeAtConvergence,
+    layerwise_learning_rates,
+)
 from tests import models
 from tests.conftest import regression_data
 

@@ -5,7 +5,14 @@ import copy
 import keras
 import pytest
 
-from keras_tl import FrozenBackbone, GroupOptimizer, Stage, UnfreezeAtConvergence, internals
+from keras_tl import (
+    FrozenBackbone,
+    GroupOptimizer,
+    Stage,
+    UnfreezeAtConvergence,
+)
+from keras_tl.internals.optimizers import has_settable_rate, without_loss_scale
+from keras_tl.internals.values import on_host
 from tests import models
 from tests.conftest import Recorder, regression_data, values_of
 
@@ -51,9 +58,9 @@ class Decay(keras.callbacks.Callback):
     """Lowers the rate, where it is a number."""
 
     def on_epoch_end(self, epoch, logs=None):
-        optimizer = internals.without_loss_scale(self.model.optimizer)
+        optimizer = without_loss_scale(self.model.optimizer)
         inner = getattr(optimizer, "groups", {"": optimizer})
-        if all(internals.has_settable_rate(one) for one in inner.values()):
+        if all(has_settable_rate(one) for one in inner.values()):
             rate = float(keras.ops.convert_to_numpy(optimizer.learning_rate))
             self.model.optimizer.learning_rate = 0.5 * rate
 
@@ -67,7 +74,7 @@ def run(callback):
 
 
 def values_of_optimizer(optimizer):
-    return [internals.on_host(variable).tolist() for variable in optimizer.variables]
+    return [on_host(variable).tolist() for variable in optimizer.variables]
 
 
 def callback(**arguments):

@@ -4,7 +4,14 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tl import FreezeGuard, FrozenBackbone, GroupOptimizer, UnfreezeAtConvergence, internals
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    GroupOptimizer,
+    UnfreezeAtConvergence,
+)
+from keras_tl.internals.optimizers import without_loss_scale
+from keras_tl.optimizers import group_optimizer
 from tests import models
 from tests.conftest import Recorder, as_bytes, regression_data
 
@@ -151,7 +158,7 @@ def test_mixed_precision_keeps_the_loss_scale():
         counters = Recorder(lambda model: int(model.optimizer.step_counter))
         fit(model, switch(), counters)
         assert isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-        assert isinstance(internals.without_loss_scale(model.optimizer), GroupOptimizer)
+        assert isinstance(without_loss_scale(model.optimizer), GroupOptimizer)
         assert counters.records == [4, 8, 12, 16]
     finally:
         keras.config.set_dtype_policy("float32")
@@ -185,7 +192,7 @@ def test_a_failing_switch_keeps_the_optimizer(monkeypatch):
     def fail(*_):
         raise RuntimeError("no")
 
-    monkeypatch.setattr(internals, "copy_optimizer_state", fail)
+    monkeypatch.setattr(group_optimizer, "copy_optimizer_state", fail)
     with pytest.raises(RuntimeError, match="no"):
         fit(model, switch())
     assert model.optimizer is before

@@ -11,7 +11,12 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tl import FreezeGuard, FrozenBackbone, Stage, UnfreezeAtConvergence
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    Stage,
+    UnfreezeAtConvergence,
+)
 from tests import models
 from tests.conftest import as_bytes, regression_data, values_of
 

@@ -12,7 +12,9 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tl import FrozenBackbone, UnfreezeAtConvergence, internals
+from keras_tl import FrozenBackbone, UnfreezeAtConvergence
+from keras_tl.internals.optimizers import averages
+from keras_tl.internals.values import on_host
 from tests import models
 from tests.conftest import (
     SEVERAL_STEPS,
@@ -151,7 +153,7 @@ def unfreezer(frozen_epochs):
 
 def state_of(model):
     return values_of(model), [
-        np.asarray(internals.on_host(variable)).tobytes() for variable in model.optimizer.variables
+        np.asarray(on_host(variable)).tobytes() for variable in model.optimizer.variables
     ]
 
 
@@ -193,14 +195,14 @@ def test_over_a_switch(mode):
 def test_averages_are_what_remains_after_a_switch():
     with made(Mode(optimizer=averaged)) as (model, _):
         fit(model, 4, unfreezer(2))
-        pairs = internals.averages(model.optimizer)
+        pairs = averages(model.optimizer)
         assert len(pairs) == len(model.trainable_weights) == 6
         assert all(np.array_equal(np.array(v), np.array(average)) for v, average in pairs)
 
 
 @pytest.mark.covers("mode: mixed_float16")
 def test_the_loss_scale_grows_on_over_the_switch():
-    scales = Recorder(lambda model: float(internals.on_host(model.optimizer.dynamic_scale)))
+    scales = Recorder(lambda model: float(on_host(model.optimizer.dynamic_scale)))
     with made(MODES["mixed_float16"]) as (model, _):
         fit(model, 4, scales, unfreezer(2))
     assert scales.records == sorted(scales.records)

@@ -6,8 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_tl import FrozenBackbone, GroupOptimizer, Stage, UnfreezeAtConvergence, switching
+from keras_tl import (
+    FrozenBackbone,
+    GroupOptimizer,
+    Stage,
+    UnfreezeAtConvergence,
+)
 from keras_tl.optimizers.shifted_schedule import ShiftedSchedule
+from keras_tl.stages import switching
 from tests import models
 from tests.conftest import SEVERAL_STEPS, as_bytes, examples, regression_data, values_of
 

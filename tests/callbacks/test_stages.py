@@ -17,9 +17,9 @@ from keras_tl import (
     Stage,
     UnfreezeAtConvergence,
     layerwise_learning_rates,
-    switching,
 )
-from keras_tl.callbacks.transition import Transition
+from keras_tl.stages import switching
+from keras_tl.stages.transition import Transition
 from tests import models
 from tests.conftest import Recorder, Scripted, as_bytes, examples, regression_data, values_of
 

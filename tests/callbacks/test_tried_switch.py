@@ -5,8 +5,14 @@ import weakref
 import keras
 import pytest
 
-from keras_tl import FrozenBackbone, GroupOptimizer, Stage, UnfreezeAtConvergence, switching
-from keras_tl.staging import StagedModel
+from keras_tl import (
+    FrozenBackbone,
+    GroupOptimizer,
+    Stage,
+    UnfreezeAtConvergence,
+)
+from keras_tl.stages import switching
+from keras_tl.stages.staged_model import StagedModel
 from tests import models
 from tests.conftest import Recorder, as_bytes, regression_data, values_of
 

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_tl import FrozenBackbone, UnfreezeAtConvergence, switching
+from keras_tl import FrozenBackbone, UnfreezeAtConvergence
+from keras_tl.stages import switching
 from tests import models
 from tests.conftest import Recorder, Scripted, as_bytes, examples, regression_data, values_of
 
@@ -702,14 +703,14 @@ def test_a_switch_that_fails_leaves_the_model_as_it_was(monkeypatch):
     recorder = Recorder(values_of)
     callback = unfreezer(patience=2)
 
-    renew_functions = switching.internals.renew_functions
+    renew_functions = switching.renew_functions
 
     def fail(*args, **kwargs):
         if recorder.records:  # Not when the switch is tried.
             raise MemoryError("no room for slots")
         renew_functions(*args, **kwargs)
 
-    monkeypatch.setattr(switching.internals, "renew_functions", fail)
+    monkeypatch.setattr(switching, "renew_functions", fail)
     with pytest.raises(MemoryError):
         scripted_fit(model, callback, [1, 2, 3, 4], recorder)
     monkeypatch.undo()

@@ -12,8 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import keras_tl
-from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError, internals
+from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
 from keras_tl.features import extraction, store
+from keras_tl.internals.values import on_host
 from tests import models
 from tests.conftest import examples, regression_data
 
@@ -83,7 +84,7 @@ def test_several_data_sets_in_one_folder(model, tmp_path, batches_extracted):
 
 def _flip_one_bit(model):
     kernel = models.frozen_backbone_of(model).backbone.weights[0]
-    raw = bytearray(internals.on_host(kernel).tobytes())
+    raw = bytearray(on_host(kernel).tobytes())
     raw[5] ^= 1
     kernel.assign(np.frombuffer(bytes(raw), "float32").reshape(kernel.shape))
     return kernel.path

@@ -1,0 +1,1 @@
+"""Whether weights have changed, at which moment, and why."""

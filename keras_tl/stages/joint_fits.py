@@ -1,0 +1,122 @@
+"""Several fits, of models that share layers, that are one `fit` to the callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import keras
+
+from keras_tl.internals.models import initial_epoch, unset_initial_epoch
+
+
+class JointFits(keras.callbacks.CallbackList):
+    """Has callbacks see one `fit` of one model, whichever models are trained.
+
+    Each callback has the model as its `model`, and sees one begin and one end of training.
+
+    Args:
+        callbacks: List of callbacks.
+        model: The model.
+        epochs: Int. The last epoch of all fits.
+        verbose: As in `fit`.
+    """
+
+    def __init__(
+        self,
+        callbacks: Sequence[keras.callbacks.Callback],
+        model: keras.Model,
+        *,
+        epochs: int,
+        verbose: Any,
+    ):
+        super().__init__(
+            list(callbacks),
+            add_history=True,
+            add_progbar=verbose != 0,
+            model=model,
+            verbose=verbose,
+            epochs=epochs,
+            steps=None,
+        )
+        self._settings = {"epochs": epochs, "verbose": verbose}
+        # On JAX, reading `model` of a callback gives the variables the values that `fit` has.
+        self._trainer = keras.callbacks.Callback()
+        self._until: Callable[[], bool] = bool
+        self._epoch = 0
+
+    @property
+    def history(self) -> keras.callbacks.History:
+        """The `History` of all fits."""
+        return next(one for one in self.callbacks if isinstance(one, keras.callbacks.History))
+
+    def begin(
+        self,
+        x: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        validation_data: Any = None,
+        class_weight: Any = None,
+    ) -> None:
+        """Calls `on_train_begin` of the callbacks.
+
+        The arguments are those of `fit`, which `data_of_fit` finds here: no `fit` runs.
+        """
+        self.model.stop_training = False
+        try:
+            super().on_train_begin()
+            self._epoch = initial_epoch(self.model) or 0
+        finally:
+            # Each fit is told its first epoch, and one that is never reached is not to be left.
+            unset_initial_epoch(self.model)
+
+    def fit(
+        self,
+        trainer: keras.Model,
+        *data: Any,
+        steps: int | None,
+        until: Callable[[], bool] = bool,
+        **settings: Any,
+    ) -> None:
+        """Trains a model from the epoch on that the last fit has ended with.
+
+        Args:
+            trainer: The model to train.
+            *data: What its `fit` takes first.
+            steps: Int or None. How many steps an epoch has, for the progress bar.
+            until: Function without arguments that says after each epoch whether to stop.
+            **settings: Further arguments of its `fit`.
+        """
+        if self.model.stop_training:
+            return
+        self._trainer.set_model(trainer)
+        self._until = until
+        self.set_params({**self._settings, "steps": steps})
+        trainer.history = self.history  # Which `fit` returns.
+        trainer.fit(*data, callbacks=self, initial_epoch=self._epoch, **self._settings, **settings)
+
+    def end(self) -> None:
+        """Calls `on_train_end` of the callbacks."""
+        super().on_train_end()
+
+    def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
+        """Does nothing: `begin` does."""
+
+    def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
+        """Does nothing: `end` does."""
+
+    def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        _ = self._trainer.model
+        super().on_train_batch_begin(batch, logs)
+
+    def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
+        trainer = self._trainer.model
+        super().on_train_batch_end(batch, logs)
+        trainer.stop_training |= self.model.stop_training
+
+    def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        trainer = self._trainer.model
+        super().on_epoch_end(epoch, logs)
+        self._epoch = epoch + 1
+        trainer.stop_training |= self.model.stop_training or self._until()

@@ -1,0 +1,285 @@
+"""A model that is trained in stages: which one it is in, and how it gets into another."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+
+import keras
+
+from keras_tl.backbone import freezing
+from keras_tl.backbone.backbones import BackboneOf, Backbones, changeable_weights
+from keras_tl.backbone.selecting import is_built
+from keras_tl.internals.optimizers import optimizer_weights, steps_of, without_loss_scale
+from keras_tl.optimizers import GroupOptimizer
+from keras_tl.optimizers.learning_rates import LayerwiseLearningRates, LearningRate
+from keras_tl.stages import switching
+from keras_tl.stages.best_weights import BestWeights
+from keras_tl.stages.stage import DEFAULT_RATE, Stage
+from keras_tl.stages.warm_up import check_can_be_set, learning_rate_of
+
+GO_ON = (
+    "To go on fine-tuning, freeze its BatchNormalization layers, compile with the low learning "
+    "rate and call `fit` without this callback."
+)
+
+
+class StagedModel:
+    """A compiled model and its stages after stage 0.
+
+    Args:
+        model: A compiled model.
+        stages: List of `Stage`.
+        exactly: Bool. Whether in each stage just its layers of the backbone train, or they join
+            what trains already.
+        backbone: A layer, model or list of layers of the model, names of these, or a function of
+            the model. None means each `FrozenBackbone`.
+        optimizer: An optimizer to use instead of a copy of the compiled one.
+
+    Raises:
+        ValueError: If there is no such backbone, a stage selects nothing in it, or the model has no
+            optimizer.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        stages: Sequence[Stage],
+        *,
+        exactly: bool,
+        backbone: BackboneOf | None = None,
+        optimizer: keras.Optimizer | None = None,
+    ):
+        if model.optimizer is None:
+            raise ValueError(
+                f'The model "{model.name}" has no `optimizer`, so UnfreezeAtConvergence has none '
+                "to renew. Compile it with one; an overridden `compile` must set `self.optimizer`."
+            )
+        self._model = model
+        self._stages = stages
+        self._exactly = exactly
+        self._optimizer = optimizer
+        self._keeps_groups = self._has_groups_of_its_own()
+        self.backbones = Backbones(model, backbone)
+        self.check_stages()
+
+    @property
+    def names(self) -> str:
+        """String. The backbones' names, for a message."""
+        return self.backbones.names
+
+    def check_stages(self) -> None:
+        """Raises a ValueError if a stage cannot be entered, as far as the model is built."""
+        for stage in self._stages:
+            self.backbones.check(stage.layers, stage.train_batchnorm)
+            if is_built(self._model) and isinstance(stage.learning_rate, Mapping):
+                self._check_rates(stage, stage.learning_rate)
+
+    def check_renewable(self, warmup_steps: int) -> None:
+        """Raises now what would else be raised at the switch from stage 0."""
+        compiled = without_loss_scale(self._model.optimizer)
+        if self._optimizer is None and isinstance(compiled, GroupOptimizer):
+            self._check_groups(compiled)
+            if warmup_steps:
+                check_can_be_set("warmup_steps", *compiled.groups.values())
+        elif isinstance(compiled, keras.optimizers.MultiOptimizer):
+            if any(stage.head_learning_rate is not None for stage in self._stages):
+                raise ValueError(
+                    "`head_learning_rate` needs a model compiled with one optimizer, to go on "
+                    f"with. Received: {compiled.name!r}, which has several. Leave "
+                    "`head_learning_rate` out and pass `optimizer`, or compile with one."
+                )
+            if self._optimizer is None:
+                switching.renew_optimizer(compiled)
+
+    def try_switches(self, stage: int) -> None:
+        """Raises now what the switches after a stage would raise. The model stays as it is.
+
+        Of a model that is not built, only the optimizers are tried.
+        """
+        if not is_built(self._model):
+            self._try_optimizers()
+            return
+        goes_on = self._keeps_groups or any(
+            one.head_learning_rate is not None for one in self._stages
+        )
+        with switching.only_tried(self._model, built=goes_on):
+            for number in range(stage + 1, len(self._stages) + 1):
+                self._switch_to(number)
+
+    def _try_optimizers(self) -> None:
+        if self._optimizer is None and not self._keeps_groups:
+            for stage in self._stages:
+                rate = None if isinstance(stage.learning_rate, Mapping) else stage.learning_rate
+                switching.renew_optimizer(self._model.optimizer, rate)
+
+    def freeze_untouched(self) -> bool:
+        """Freezes a plain backbone that nobody has frozen yet. Returns whether there was one."""
+        if not self.backbones.untouched() or self._fine_tuned():
+            return False
+        if self._compiled_for_fine_tuning():
+            warnings.warn(
+                f"UnfreezeAtConvergence freezes {self.names}, all of which is trainable, although "
+                "the model is compiled with the learning rate of a fine-tuning stage. If it was "
+                "saved in that stage and loaded, its file did not tell what was trainable, as that "
+                f"of a class of one's own may not. {GO_ON}",
+                stacklevel=3,
+            )
+        with switching.all_or_nothing(self._model):
+            self.backbones.freeze()
+            if is_built(self._model):
+                switching.renew_training(self._model)
+        return True
+
+    def _fine_tuned(self) -> bool:
+        """Whether the optimizer has trained the backbones, which are as a stage leaves them.
+
+        Of a plain backbone without BatchNormalization nothing is frozen then, as at the start.
+        """
+        trained = optimizer_weights(self._model.optimizer) or []
+        if freezing.without(self.backbones.trainable_weights, trained):
+            return False
+        steps = steps_of(without_loss_scale(self._model.optimizer))
+        return steps > 0 and any(
+            self.backbones.trains_only(stage.layers, stage.train_batchnorm)
+            for stage in self._stages
+        )
+
+    def _compiled_for_fine_tuning(self) -> bool:
+        rate = learning_rate_of(self._model.optimizer)
+        given = [one.learning_rate for one in self._stages if isinstance(one.learning_rate, float)]
+        return any(math.isclose(rate, one, rel_tol=1e-6) for one in given)
+
+    def stage(self) -> int:
+        """Returns the stage that the model is in: the first of which just the layers train."""
+        if self._exactly:
+            for number, stage in enumerate(self._stages, start=1):
+                if self.backbones.trains_only(stage.layers, stage.train_batchnorm):
+                    return number
+            return 0
+        only = self._stages[0]
+        return 0 if self.backbones.still_frozen(only.layers, only.train_batchnorm) else 1
+
+    def enter(self, number: int, best: BestWeights | None = None) -> None:
+        """Goes to a stage, from the best weights of the one before on, or changes nothing."""
+        with switching.all_or_nothing(self._model, changeable_weights(self._model)):
+            if best is not None:
+                best.restore_stage()
+            self._switch_to(number)
+
+    def _switch_to(self, number: int) -> None:
+        stage = self._stages[number - 1]
+        before = list(self._model.trainable_weights)
+        if self._exactly:
+            self.backbones.freeze()
+        self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
+        after = self._model.trainable_weights
+        changing = [*freezing.without(after, before), *freezing.without(before, after)]
+        own_rate = self._optimizer is not None and not self._exactly
+        switching.renew_training(
+            self._model,
+            None if own_rate or self._keeps_groups else self._rate_of(stage),
+            head_learning_rate=stage.head_learning_rate,
+            optimizer=self._optimizer,
+            trained=before,
+            group=self._group(number),
+            keep_evaluation=not any(weight.regularizer for weight in changing),
+        )
+
+    def go_back(self) -> None:
+        """Goes to stage 0, with a new optimizer of the kind that the head had."""
+        self.backbones.freeze()
+        optimizer = without_loss_scale(self._model.optimizer)
+        # A user's own groups may have that name too, and are all of the head's optimizer.
+        made_groups = any(
+            one.head_learning_rate is not None or one.layerwise for one in self._stages
+        )
+        if made_groups and isinstance(optimizer, GroupOptimizer) and "head" in optimizer.groups:
+            optimizer = optimizer.groups["head"]
+        switching.renew_training(self._model, optimizer=switching.renew_optimizer(optimizer))
+
+    def learning_rates(self, stage: int) -> dict[str, float]:
+        """Returns what the logs get in a stage.
+
+        Every key from the first epoch on, or CSVLogger and History drop it.
+        """
+        optimizer = without_loss_scale(self._model.optimizer)
+        rate = learning_rate_of(optimizer)
+        rates = {"learning_rate": rate}
+        if any(one.head_learning_rate is not None or one.layerwise for one in self._stages):
+            rates["learning_rate_head"] = rate
+            for number in range(1, len(self._stages) + 1):
+                rates[f"learning_rate_{self._group(number)}"] = rate if number <= stage else 0.0
+        if isinstance(optimizer, GroupOptimizer):
+            rates.update(optimizer.logs())
+        return rates
+
+    def group_learning_rates(self) -> dict[str, tuple[float, float]]:
+        """Returns the lowest and highest learning rate in each parameter group, the head first."""
+        optimizer = without_loss_scale(self._model.optimizer)
+        if not isinstance(optimizer, GroupOptimizer):
+            return {}
+        weights = self._model.trainable_weights[::-1]
+        rates: dict[str, list[float]] = {}
+        for weight, rate in zip(weights, optimizer.rates(weights), strict=True):
+            rates.setdefault(optimizer.group_of(weight), []).append(rate)
+        return {group: (min(found), max(found)) for group, found in rates.items()}
+
+    def optimizers(self) -> list[keras.Optimizer]:
+        """Returns the optimizers of the groups, or the one that there is."""
+        optimizer = without_loss_scale(self._model.optimizer)
+        grouped = isinstance(optimizer, GroupOptimizer)
+        return [*optimizer.groups.values()] if grouped else [optimizer]
+
+    def _check_rates(self, stage: Stage, given: Mapping[str, float]) -> None:
+        """Raises a ValueError if a weight that joins in a stage has no learning rate."""
+        rates = self._layerwise(given)
+        with freezing.trainable_flags_kept(self._model):
+            before = self._model.trainable_weights
+            self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
+            for weight in freezing.without(self._model.trainable_weights, before):
+                rates.of(weight)
+
+    def _has_groups_of_its_own(self) -> bool:
+        """Whether the model has the groups that it was compiled with, in whichever stage it is.
+
+        Groups that a switch makes come with learning rates, for which `_check_groups` has no place.
+        """
+        compiled = without_loss_scale(self._model.optimizer)
+        grouped = self._optimizer is None and isinstance(compiled, GroupOptimizer)
+        return grouped and self._leaves_rates()
+
+    def _leaves_rates(self) -> bool:
+        """Whether no stage says a learning rate."""
+        only = self._stages[0]
+        rates = only.learning_rate, only.head_learning_rate
+        return not self._exactly and rates == (DEFAULT_RATE, None)
+
+    def _check_groups(self, compiled: GroupOptimizer) -> None:
+        only = self._stages[0]
+        if not self._leaves_rates():
+            raise ValueError(
+                f"The model is compiled with the GroupOptimizer {compiled.name!r}, whose groups "
+                "have their own learning rates, so `learning_rate`, `head_learning_rate` and "
+                "`stages` would be lost. Leave them out, or compile with one optimizer."
+            )
+        if is_built(self._model):
+            joining = self.backbones.still_frozen(only.layers, only.train_batchnorm)
+            compiled.resolve([*self._model.trainable_weights, *joining])
+
+    def _group(self, stage: int) -> str:
+        """The name of the parameter group of what joins in a stage."""
+        return f"backbone_{stage}" if self._exactly else "backbone"
+
+    def _rate_of(self, stage: Stage) -> LearningRate | LayerwiseLearningRates:
+        if isinstance(stage.learning_rate, Mapping):
+            return self._layerwise(stage.learning_rate)
+        return stage.learning_rate
+
+    def _layerwise(self, rates: Mapping[str, float]) -> LayerwiseLearningRates:
+        if not isinstance(rates, LayerwiseLearningRates):
+            return LayerwiseLearningRates(self.backbones.layers, rates)
+        # A callback may be used again with a model made anew, whose layers have the same names.
+        own = [weight for layer in self.backbones.members for weight in layer.weights]
+        return rates if rates.is_for(own) else rates.for_backbone(self.backbones.layers)
