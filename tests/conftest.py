@@ -20,6 +20,7 @@ import hypothesis
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_tl.features import extraction, probe, splitting
 from keras_tl.internals.batches import predictions
@@ -37,12 +38,19 @@ hypothesis.settings.load_profile("keras_tl")
 
 
 # Most is drawn on TensorFlow: the others compile longer, and are to show that it holds there.
-SHARE = 0.6 if keras.backend.backend() == "tensorflow" else 0.3
+_share = 0.3 if keras.backend.backend() == "tensorflow" else 0.15
+
+
+def pytest_configure(config):
+    """Draws all examples where the slow tests run too."""
+    global _share
+    if config.option.markexpr != "not slow":
+        _share = 1.0
 
 
 def examples(count):
-    """How many examples a property draws in the ordinary suite; KERAS_TL_EXAMPLES times as many."""
-    return max(3, round(count * SHARE * float(os.environ.get("KERAS_TL_EXAMPLES", "1"))))
+    """How many examples a property draws; KERAS_TL_EXAMPLES times as many."""
+    return max(2, round(count * _share * float(os.environ.get("KERAS_TL_EXAMPLES", "1"))))
 
 
 def slow_on(*backends):
@@ -82,6 +90,17 @@ def _old_objects_are_not_searched():
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _eager(request):
+    """Runs the steps of a test with the mark `eager` without tracing them, on TensorFlow."""
+    eager = request.node.get_closest_marker("eager") and keras.backend.backend() == "tensorflow"
+    if eager:
+        tf.config.run_functions_eagerly(True)
+    yield
+    if eager:
+        tf.config.run_functions_eagerly(False)
 
 
 @pytest.fixture(autouse=True)
