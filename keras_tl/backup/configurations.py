@@ -54,8 +54,10 @@ def plain(value: Any) -> Any:
     return _plain(value, {})
 
 
-def differences(was: Any, now: Any, *, complete: bool = True, where: str = "") -> Iterator[str]:
-    """Says in what two plain values differ: where, and what was and is there.
+def changed_settings(
+    was: Any, now: Any, *, complete: bool = True, where: str = ""
+) -> Iterator[str]:
+    """Says which settings changed between two plain values: where, and what was and is there.
 
     Args:
         was: What `plain` returned.
@@ -65,19 +67,19 @@ def differences(was: Any, now: Any, *, complete: bool = True, where: str = "") -
     """
     if isinstance(was, dict) and isinstance(now, dict):
         if was.get("class_name") != now.get("class_name"):
-            yield _difference(where, was.get("class_name"), now.get("class_name"))
+            yield _changed(where, was.get("class_name"), now.get("class_name"))
             return
         both = was.keys() & now.keys()
         for key in sorted(was.keys() | now.keys() if complete else both):
             there = _joined(where, "" if key == "config" else key)
-            yield from differences(was.get(key), now.get(key), complete=complete, where=there)
+            yield from changed_settings(was.get(key), now.get(key), complete=complete, where=there)
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
         for index, (one, other) in enumerate(zip(was, now, strict=True)):
             kind = one.get("class_name") if isinstance(one, dict) else None
             there = f"{where}[{index}]" + (f" ({kind})" if kind else "")
-            yield from differences(one, other, complete=complete, where=there)
+            yield from changed_settings(one, other, complete=complete, where=there)
     elif not _equal(was, now):
-        yield _difference(where, was, now)
+        yield _changed(where, was, now)
 
 
 def _equal(was: Any, now: Any) -> bool:
@@ -91,7 +93,7 @@ def _joined(where: str, key: str) -> str:
     return f"{where}.{key}" if where and key else where or key
 
 
-def _difference(where: str, was: Any, now: Any) -> str:
+def _changed(where: str, was: Any, now: Any) -> str:
     return f"{where} (was {shown(was)}, is {shown(now)})"
 
 

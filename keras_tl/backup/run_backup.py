@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from keras_tl.backbone.selecting import is_built
-from keras_tl.backup.run_identity import difference, doubt
+from keras_tl.backup.run_identity import doubt, why_another_run
 from keras_tl.backup.snapshots import Backup, OtherRunError
 from keras_tl.internals.processes import in_all, is_chief, of_all, of_chief
 from keras_tl.internals.values import on_host
@@ -158,7 +158,7 @@ class RunBackup:
         def why_not(state: dict[str, Any], arrays: dict[str, list[np.ndarray]]) -> str | None:
             # Data and random numbers of other processes are their own; the first has written.
             if "identity" in state and is_chief():
-                differs = difference(state["identity"], identity)
+                differs = why_another_run(state["identity"], identity)
                 if differs:
                     raise OtherRunError(
                         f"`backup_dir={self.folder!r}` cannot be used: {differs}To start over, "

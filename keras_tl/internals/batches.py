@@ -186,6 +186,8 @@ def constants_in(data: Any) -> list[Any] | None:
         step = steps.pop()
         if id(step) not in seen:
             seen.add(id(step))
+            # Only steps that were made from tensors have `_tensors`. Of a TensorFlow without
+            # either, a resume checks less of its data, which must not end a run.
             found += getattr(step, "_tensors", [])
             steps += getattr(step, "_inputs", list)()
     return [tensor for tensor in found if hasattr(tensor, "numpy")]

@@ -223,8 +223,13 @@ def compile_call(model: keras.Model) -> Any:
     return model._compile_config
 
 
+@checked(SINCE_3_15)
 def flags_when_compiled(model: keras.Model) -> dict[keras.Layer, bool]:
-    """Returns the `trainable` flags that the layers had when the model was compiled."""
+    """Returns the `trainable` flags that the layers had when the model was compiled, if it was."""
+    by_keras = getattr(type(model), "compile", None) is keras.Model.compile
+    if by_keras and model.compiled:
+        return dict(model._compiled_trainable_state)
+    # A layer is none to compile, and a `compile` of one's own need not call that of Keras.
     return dict(getattr(model, "_compiled_trainable_state", {}))
 
 
