@@ -279,6 +279,7 @@ def test_statistics_moved_by_a_call_in_training_mode_are_named(make_run, check, 
     assert causes_of(error) == {"BatchNormalization in training mode"}
 
 
+@pytest.mark.slow
 @given(make_run=runs(), freeze=st.booleans(), check=frequencies)
 @settings(max_examples=examples(15))
 def test_a_stale_compile_is_an_error_before_a_step(make_run, freeze, check):

@@ -54,7 +54,7 @@ class Backbones:
             )
         self.wrapped = [layer for layer in given if isinstance(layer, FrozenBackbone)]
         self.plain = [layer for layer in given if not isinstance(layer, FrozenBackbone)]
-        # Of whole layers that are frozen nothing is told: what else would there be to unfreeze?
+        # A whole layer that is frozen says nothing: in a plain backbone that is how stage 0 looks.
         self._hand_frozen = HandFrozen(weights=hand_frozen_weights(self.plain))
 
     @property

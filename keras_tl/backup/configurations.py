@@ -1,7 +1,7 @@
 """Configurations of Keras objects as plain data that is the same in every process.
 
 Names that Keras counts up, flags that change in training, and seeds that are drawn are left out,
-and layers are told by their order.
+and layers are known by their order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 _LEFT_OUT = {
     "name",
     "seed",
-    # What changes while a run goes on.
+    # What changes in the course of a run.
     "trainable",
     "trainable_flags",
     "hand_frozen",
@@ -41,8 +41,8 @@ def model_configuration(model: keras.Model) -> Any:
     """Returns what a model is made of."""
     config = _config_of(model)
     if config is None:
-        # A model of one's own, without `get_config`.
-        # Those in its layers may be made when these are built.
+        # A subclassed model without `get_config`. Only its own layers: those in them may be made
+        # when these are built.
         config = {"layers": [plain(layer) for layer in model.layers]}
     names: dict[str, str] = {}
     _collect_names(config, names)
@@ -178,7 +178,7 @@ def _config_of(value: Any) -> Any:
     try:
         return value.get_config()
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        # A class of one's own need not have one (NotImplementedError), or not one that works.
+        # A user's class need not have one (NotImplementedError), or not one that works.
         return None
 
 

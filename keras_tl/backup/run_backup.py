@@ -21,7 +21,7 @@ from keras_tl.internals.values import on_host
 
 @dataclasses.dataclass(frozen=True)
 class RunSnapshot:
-    """What a run goes on from.
+    """What a run resumes from.
 
     Attributes:
         epoch: Int. How many epochs are done.
@@ -50,7 +50,7 @@ class RunBackup:
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: keras.Model):
-        # No process goes on to load before the first has deleted what an earlier `fit` has left.
+        # No process loads before the first has deleted what an earlier `fit` has left.
         self._backup = in_all(lambda: Backup(folder, writes=is_chief()))
         self._model = model
         self._failed = False
@@ -61,7 +61,7 @@ class RunBackup:
         return str(self._backup.folder)
 
     def has_snapshots(self) -> bool:
-        """Whether there is anything to go on from, as the first process sees it."""
+        """Whether there is anything to resume from, as the first process sees it."""
         return bool(of_chief(bool(self._backup)))
 
     def save(
@@ -103,7 +103,7 @@ class RunBackup:
 
         Args:
             identity: What `identity_of` returned.
-            apply: Function that has the model and the caller go on from a snapshot, or raises a
+            apply: Function that has the model and the caller resume from a snapshot, or raises a
                 ValueError and leaves both as they were. Then the one before is tried.
 
         Returns:
@@ -172,7 +172,7 @@ class RunBackup:
         warnings.warn(f"UnfreezeAtConvergence: {message}", stacklevel=3)
 
     def _check_all_see(self, epoch: int) -> None:
-        """Raises a ValueError in all processes unless they would go on after the same epoch."""
+        """Raises a ValueError in all processes unless they would resume after the same epoch."""
         epochs = of_all(epoch).tolist()
         if len(set(epochs)) > 1:
             seen = [f"epoch {one}" if one else "none" for one in epochs]

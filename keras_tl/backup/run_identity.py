@@ -1,4 +1,4 @@
-"""Which run a backup is of: what must be the same for another `fit` to go on with it."""
+"""Which run a backup is of: what must be the same for another `fit` to resume it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _FREE = {"self", "backbone", "backup_dir", "save_freq", "delete_checkpoint", "ve
 _OF_STAGES = {"learning_rate", "layers", "train_batchnorm", "stages", "head_learning_rate"}
 _SHOWN = 5
 
-# What a run changes of what it began with, for the `fit` that goes on with the same model object.
+# What a run changes of what it started with, for a `fit` that resumes with the same model object.
 _begun: weakref.WeakKeyDictionary[keras.Model, tuple[Any, dict[str, Any]]]
 _begun = weakref.WeakKeyDictionary()
 
@@ -62,8 +62,8 @@ def identity_of(
         backbones: The model's `Backbones`.
         exactly: Bool. Whether a stage trains just its layers.
         stage: Int. The stage that the model is in.
-        goes_on: Bool. Whether there are snapshots to go on from. The same model object may have
-            been trained since its run began.
+        goes_on: Bool. Whether there are snapshots to resume from. The same model object may have
+            been trained since its run started.
     """
     model = callback.model
     names = inspect.signature(type(callback).__init__).parameters.keys() - _FREE - _OF_STAGES
@@ -158,7 +158,7 @@ def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 def _begin(
     model: keras.Model, goes_on: bool, describe: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns the state that the model's run has begun with."""
+    """Returns the state that the model's run has started with."""
     compiled = compile_call(model)
     known = _begun.get(model) if goes_on else None
     if known is None:
@@ -271,7 +271,7 @@ def _trained_in_each(
 def _learnt(backbones: Backbones) -> dict[str, Any] | None:
     """Returns a sketch of what frozen backbones have learnt, None if they are untrained.
 
-    Vectors (biases, the parameters and statistics of normalizations) begin with one constant; those
+    Vectors (biases, the parameters and statistics of normalizations) start with one constant; those
     that do not have it any more were trained. Others may be drawn at random in each process, as
     LoRA's are, and vectors whose layer says so.
     """

@@ -73,7 +73,7 @@ def variable_key(optimizer: Any, variable: Any) -> Any:
 def optimizer_weights(optimizer: Any) -> list[Any] | None:
     """Returns the variables that an optimizer was built to update, or None before it is built."""
     inner = without_loss_scale(optimizer)
-    # Without `built` it is None, or an optimizer of another library in a loop of one's own.
+    # Without `built` it is None, or an optimizer of another library in a custom loop.
     return list(inner._trainable_variables) if getattr(inner, "built", False) else None
 
 
@@ -113,10 +113,10 @@ def averages_of_all(optimizer: Any) -> list[keras.Variable] | None:
 
 @checked(SINCE_3_15)
 def continue_averages(old: Any, new: Any) -> None:
-    """Has a new optimizer go on with the averages that an old one keeps of the same weights.
+    """Has a new optimizer continue the averages that an old one keeps of the same weights.
 
-    Keras begins each average at the first step of its optimizer, which those of weights that have
-    been averaged before must not do.
+    Keras starts each average at the first step of its optimizer: an average that is copied from an
+    old optimizer would be overwritten there.
 
     Args:
         old: A built optimizer.

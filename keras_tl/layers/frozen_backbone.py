@@ -412,7 +412,7 @@ class FrozenBackbone(keras.layers.Layer):
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """What a configuration tells of the flags. Keras tracks no dataclass among the attributes.
+    """What a configuration says of the flags. As a dataclass, Keras does not track what is in it.
 
     Attributes:
         hand_frozen: What `HandFrozen.from_config` takes.

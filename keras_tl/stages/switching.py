@@ -11,7 +11,7 @@ The recipe, and why in this order. `all_or_nothing` puts everything back if a st
    it was built with. It is made from the old one's configuration, with the learning rate of the new
    stage, in the scope the weights live in (a strategy's variables cannot be made outside it).
 4. Build it at once (`_build`), and not at the first step: there it would be traced a second time,
-   and an error in it would come after the old optimizer is gone. Groups that go on take over their
+   and an error in it would come after the old optimizer is gone. Groups that stay take over their
    state now, while the old optimizer still has it.
 5. Give it to the model (`install_optimizer`), in the compile configuration too, which a saved model
    is loaded with. Not by `compile`, which would cancel `stop_training`, drop the loss's state and
@@ -263,7 +263,7 @@ def renew_training(
         new = _loss_scaled_like(old, new)
         _build(new, variables, old)
         if starts_anew:
-            # Groups that go on have their averages among their state.
+            # Groups that stay have their averages among their state.
             continue_averages(old, new)
     install_optimizer(model, new)
     renew_functions(model, keep_evaluation=keep_evaluation)
@@ -304,12 +304,12 @@ def restore_training(
 
 
 def schedule_starts(model: keras.Model) -> dict[str, int]:
-    """Returns, by parameter group, the step of its optimizer at which its schedule begins."""
+    """Returns, by parameter group, the step of its optimizer at which its schedule starts."""
     return {name: first_step_of(one) for name, one in groups_of(model.optimizer).items()}
 
 
 def set_schedule_starts(model: keras.Model, starts: Mapping[str, int]) -> None:
-    """Has schedules begin where `schedule_starts` said, which no optimizer's variables hold."""
+    """Has schedules start where `schedule_starts` said, which no optimizer's variables hold."""
     if starts == schedule_starts(model):
         return
     groups = groups_of(model.optimizer)
@@ -359,7 +359,7 @@ def _joined(
     variables: Sequence[keras.Variable],
     trained: Sequence[keras.Variable],
 ) -> GroupOptimizer:
-    """Returns an optimizer that goes on where `old` is, and takes new variables as a group."""
+    """Returns an optimizer that continues `old`, and takes new variables as a group."""
     known = {id(variable) for variable in trained}
     before, old_groups = groups_of(old), group_optimizer(old)
     groups = {
@@ -379,7 +379,7 @@ def _joined(
     )
     _going_on(new, old, variables)
     if "head" in before:
-        # Its step count goes on, for Adam's bias correction, but its new schedule starts here.
+        # Its step count continues, for Adam's bias correction, but its new schedule starts here.
         begin_schedule(new.groups["head"])
     return new
 
@@ -387,7 +387,7 @@ def _joined(
 def _going_on(
     new: GroupOptimizer, old: keras.Optimizer, variables: Sequence[keras.Variable]
 ) -> GroupOptimizer:
-    """Builds new groups such that they go on where `old` is."""
+    """Builds new groups such that they continue those of `old`."""
     before, old_groups = groups_of(old), group_optimizer(old)
     new.build_from(variables, before if old_groups is None else old_groups)
     for name, one in before.items():

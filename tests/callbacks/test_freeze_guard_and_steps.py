@@ -260,7 +260,7 @@ def test_batchnorm_without_weights_to_train_that_was_frozen_too_late_is_a_stale_
 
 @pytest.mark.eager
 @NOT_ON_JAX
-@pytest.mark.parametrize("action", ["warn", "restore"])
+@pytest.mark.parametrize("action", ["restore", pytest.param("warn", marks=pytest.mark.slow)])
 def test_a_stale_compile_is_warned_of_once(action):
     model, _ = stale_by_freezing()
     guard = FreezeGuard(action=action, check="batch", verbose=0)
