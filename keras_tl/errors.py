@@ -7,8 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from keras_tl.messages import some
-from keras_tl.tables import format_table
+from keras_tl.messages import format_table, some
 
 _ROWS_SHOWN = 20
 
@@ -19,7 +18,7 @@ class Moment:
 
     Attributes:
         epoch: Int or None. The epoch; None outside `fit`.
-        batch: Int or None. The last batch of that epoch that was trained on, -1 at its begin; None
+        batch: Int or None. The last batch of that epoch that was trained on, -1 at its start; None
             if it is not known, at the end of an epoch of unknown length, and outside `fit`.
         check: Int. How many checks there had been.
     """
@@ -30,11 +29,11 @@ class Moment:
 
     def __str__(self) -> str:
         if self.epoch is None:
-            return f"check {self.check}" if self.check else "the begin"
+            return f"check {self.check}" if self.check else "the start"
         if self.batch is None:
             return f"epoch {self.epoch + 1}, end"
         if self.batch < 0:
-            return f"epoch {self.epoch + 1}, begin"
+            return f"epoch {self.epoch + 1}, start"
         return f"epoch {self.epoch + 1}, batch {self.batch + 1}"
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_tl.backbone.backbones import BackboneOf
+from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.features import FeatureCache
 from keras_tl.features.same_epochs import check_training_data, check_validation_data, never_ends

@@ -10,10 +10,9 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tl.backbone.backbones import BackboneOf, Backbones
+from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import Selection, is_built
-from keras_tl.internals.optimizers import without_loss_scale
-from keras_tl.optimizers import GroupOptimizer
+from keras_tl.optimizers.groups import group_optimizer
 from keras_tl.optimizers.learning_rates import check_number
 from keras_tl.stages import switching
 from keras_tl.stages.convergence import check_count
@@ -106,8 +105,7 @@ def find_learning_rate(
             backbones.check(layers, train_batchnorm)
             backbones.freeze()
             backbones.unfreeze(layers, train_batchnorm)
-        optimizer = without_loss_scale(model.optimizer)
-        grouped = isinstance(optimizer, GroupOptimizer)
+        grouped = group_optimizer(model.optimizer) is not None
         switching.renew_training(model, None if grouped else low)
         model.fit(
             _untouched(x),
@@ -222,8 +220,7 @@ class _RangeTest(keras.callbacks.Callback):
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         # The logs have the mean of all steps since the last reset.
         self.model.reset_metrics()
-        optimizer = without_loss_scale(self.model.optimizer)
-        optimizer.learning_rate = self._planned[len(self.losses)]
+        self.model.optimizer.learning_rate = self._planned[len(self.losses)]
 
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         loss = _loss_in(logs or {})
@@ -298,9 +295,9 @@ def _check_model(model: keras.Model) -> None:
             f'The model "{model.name}" is not built, so it has no weights yet that could be put '
             "back. Call it on a batch first."
         )
-    optimizer = without_loss_scale(model.optimizer)
-    if isinstance(optimizer, GroupOptimizer):
-        check_can_be_set("find_learning_rate", *optimizer.groups.values())
+    groups = group_optimizer(model.optimizer)
+    if groups is not None:
+        check_can_be_set("find_learning_rate", *groups.groups.values())
 
 
 def _diverges(losses: Sequence[float], smoothed: Sequence[float], stop_at: float) -> bool:

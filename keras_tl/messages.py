@@ -1,9 +1,9 @@
-"""Saying what is done, as Keras says things."""
+"""What is said: messages as Keras prints them, names in short, tables of text."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import keras
 
@@ -30,3 +30,32 @@ def some(names: Sequence[str]) -> str:
     """Returns the first few names, and how many more there are."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def format_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
+) -> list[str]:
+    """Returns the lines of a table of text with aligned columns.
+
+    Args:
+        header: The columns' titles.
+        rows: The rows, each with a string for every column.
+        right: The positions of the columns that are aligned to the right.
+
+    Returns:
+        A list of lines.
+
+    Example:
+
+    >>> format_table(["a", "b"], [["long", "1"], ["x", "22"]], right=[1])
+    ['a      b', 'long   1', 'x     22']
+    """
+    table = [list(header), *(list(row) for row in rows)]
+    widths = [max(len(row[column]) for row in table) for column in range(len(header))]
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
+    ]

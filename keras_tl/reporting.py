@@ -13,7 +13,7 @@ from keras_tl.guard.fingerprints import itemsize
 from keras_tl.internals.layers import sublayers
 from keras_tl.internals.optimizers import optimizer_weights
 from keras_tl.layers import FrozenBackbone
-from keras_tl.tables import format_table
+from keras_tl.messages import format_table
 
 
 @dataclasses.dataclass(frozen=True)

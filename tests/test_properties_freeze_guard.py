@@ -16,7 +16,7 @@ from keras_tl import (
     StaleCompileError,
     UnfreezeAtConvergence,
 )
-from keras_tl.backbone.backbones import constant_weights
+from keras_tl.backbone.changeable import constant_weights
 from tests import models, strategies
 from tests.conftest import as_bytes, examples, only_on, regression_data
 
@@ -238,6 +238,7 @@ def test_an_overwritten_weight_is_named(make_run, check, batch, data, relative):
     assert causes_of(error) == {"overwritten"}
 
 
+@pytest.mark.slow
 @given(make_run=runs(), check=frequencies, batch=st.integers(1, 2 * BATCHES))
 @settings(max_examples=examples(10))
 def test_loaded_weights_are_overwriting(make_run, check, batch):
@@ -251,6 +252,7 @@ def test_loaded_weights_are_overwriting(make_run, check, batch):
     assert causes_of(error) == {"overwritten"}
 
 
+@pytest.mark.slow
 @given(
     make_run=runs(wrapped=True),
     check=frequencies,
@@ -277,6 +279,7 @@ def test_statistics_moved_by_a_call_in_training_mode_are_named(make_run, check, 
     assert causes_of(error) == {"BatchNormalization in training mode"}
 
 
+@pytest.mark.slow
 @given(make_run=runs(), freeze=st.booleans(), check=frequencies)
 @settings(max_examples=examples(15))
 def test_a_stale_compile_is_an_error_before_a_step(make_run, freeze, check):
@@ -312,6 +315,7 @@ class HandsAllToTheOptimizer(keras.Model):
         return {"loss": loss}
 
 
+@pytest.mark.slow
 @only_on("tensorflow", "A step of one's own is written for one backend.")
 @given(
     kinds=strategies.layer_kinds(min_size=3),

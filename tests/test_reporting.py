@@ -2,10 +2,13 @@
 
 import keras
 import numpy as np
+import pytest
 
 from keras_tl import FrozenBackbone, trainable_report
 from tests import models
 from tests.conftest import regression_data
+
+pytestmark = pytest.mark.eager
 
 
 def build():

@@ -38,7 +38,7 @@ def split_into_blocks(
     """Returns the blocks of a backbone, as lists of the names of their layers with weights.
 
     Blocks are read from names such as `block3_conv1` or `conv4_block2_1_conv`; layers in between
-    belong to the block before them. If there are no such names, a block begins where all goes
+    belong to the block before them. If there are no such names, a block starts where all goes
     through one layer of a Functional model, or else at each layer; normalization layers belong to
     the block before them. A layer that holds many of one kind, such as the encoder of a vision
     transformer, is opened.
@@ -89,7 +89,7 @@ def _names_of_blocks(named: dict[str, keras.Layer]) -> dict[str, str]:
 
 
 def _cuts(backbone: Backbone, named: dict[str, keras.Layer]) -> dict[str, str]:
-    """The layers with weights that begin a block: after what everything goes through."""
+    """The layers with weights that start a block: after what everything goes through."""
     names = {id(layer): name for name, layer in named.items()}
     cuts = {id(one) for root in roots(backbone) for one in _passed_by_all(root)}
     begins = {}

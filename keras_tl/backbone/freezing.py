@@ -166,58 +166,6 @@ def without(
     return [weight for weight in weights if id(weight) not in known]
 
 
-def changeable_weights(
-    model: keras.Model, inference_only: Iterable[keras.Layer] = ()
-) -> list[keras.Variable]:
-    """Returns the weights of the model that training can change as the flags stand now.
-
-    Args:
-        model: A built model.
-        inference_only: BatchNormalization layers that run in inference mode even where they are
-            trainable.
-
-    Returns:
-        The list of weights: those that are trainable, and the state (such as moving statistics) of
-        every layer but BatchNormalization layers in inference mode.
-    """
-    inference = {id(layer) for layer in inference_only}
-    weights = []
-    for layer in flatten_layers(model):
-        weights += [w for w in own_trainable_weights(layer) if w.trainable]
-        if not (is_batchnorm(layer) and (id(layer) in inference or not layer.trainable)):
-            weights += own_state(layer)
-    return weights
-
-
-def constant_weights(
-    model: keras.Model, inference_only: Iterable[keras.Layer] = ()
-) -> list[keras.Variable]:
-    """Returns the weights of the model that training must not change as the flags stand now.
-
-    Args:
-        model: A model; of one that is not built, the weights that there are.
-        inference_only: BatchNormalization layers that are to run in inference mode even where they
-            are trainable.
-
-    Returns:
-        The list of weights: all of the layers that are not trainable, those frozen one by one in
-        others, and the moving statistics of `inference_only`. Weights that another layer trains are
-        not in it.
-    """
-    inference = {id(layer) for layer in inference_only}
-    constant: dict[int, keras.Variable] = {}
-    for layer in flatten_layers(model):
-        weights = own_trainable_weights(layer)
-        if layer.trainable:
-            weights = [weight for weight in weights if not weight.trainable]
-        if not layer.trainable or id(layer) in inference:
-            weights = weights + own_state(layer)
-        constant.update({id(weight): weight for weight in weights})
-    for weight in model.trainable_weights:
-        constant.pop(id(weight), None)
-    return list(constant.values())
-
-
 def count_params(weights: Iterable[keras.Variable]) -> int:
     """Returns how many numbers the weights hold."""
     return sum(math.prod(weight.shape) for weight in weights)

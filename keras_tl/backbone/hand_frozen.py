@@ -1,7 +1,7 @@
 """What a user froze by hand in a backbone, and unfreezing leaves frozen.
 
 Single weights always; whole layers where a selection does not name them. A backbone of which
-nothing trains says nothing: that is how transfer learning begins.
+nothing trains says nothing: that is how transfer learning starts.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""The whole state of a run, on disk, for a run that goes on after it was killed."""
+"""The whole state of a run, on disk, for a run that resumes after it was killed."""

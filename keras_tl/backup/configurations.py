@@ -1,7 +1,7 @@
 """Configurations of Keras objects as plain data that is the same in every process.
 
 Names that Keras counts up, flags that change in training, and seeds that are drawn are left out,
-and layers are told by their order.
+and layers are known by their order.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 _LEFT_OUT = {
     "name",
     "seed",
-    # What changes while a run goes on.
+    # What changes in the course of a run.
     "trainable",
     "trainable_flags",
     "hand_frozen",
@@ -41,8 +41,8 @@ def model_configuration(model: keras.Model) -> Any:
     """Returns what a model is made of."""
     config = _config_of(model)
     if config is None:
-        # A model of one's own, without `get_config`.
-        # Those in its layers may be made when these are built.
+        # A subclassed model without `get_config`. Only its own layers: those in them may be made
+        # when these are built.
         config = {"layers": [plain(layer) for layer in model.layers]}
     names: dict[str, str] = {}
     _collect_names(config, names)
@@ -54,8 +54,10 @@ def plain(value: Any) -> Any:
     return _plain(value, {})
 
 
-def differences(was: Any, now: Any, *, complete: bool = True, where: str = "") -> Iterator[str]:
-    """Says in what two plain values differ: where, and what was and is there.
+def changed_settings(
+    was: Any, now: Any, *, complete: bool = True, where: str = ""
+) -> Iterator[str]:
+    """Says which settings changed between two plain values: where, and what was and is there.
 
     Args:
         was: What `plain` returned.
@@ -65,19 +67,19 @@ def differences(was: Any, now: Any, *, complete: bool = True, where: str = "") -
     """
     if isinstance(was, dict) and isinstance(now, dict):
         if was.get("class_name") != now.get("class_name"):
-            yield _difference(where, was.get("class_name"), now.get("class_name"))
+            yield _changed(where, was.get("class_name"), now.get("class_name"))
             return
         both = was.keys() & now.keys()
         for key in sorted(was.keys() | now.keys() if complete else both):
             there = _joined(where, "" if key == "config" else key)
-            yield from differences(was.get(key), now.get(key), complete=complete, where=there)
+            yield from changed_settings(was.get(key), now.get(key), complete=complete, where=there)
     elif isinstance(was, list) and isinstance(now, list) and len(was) == len(now):
         for index, (one, other) in enumerate(zip(was, now, strict=True)):
             kind = one.get("class_name") if isinstance(one, dict) else None
             there = f"{where}[{index}]" + (f" ({kind})" if kind else "")
-            yield from differences(one, other, complete=complete, where=there)
+            yield from changed_settings(one, other, complete=complete, where=there)
     elif not _equal(was, now):
-        yield _difference(where, was, now)
+        yield _changed(where, was, now)
 
 
 def _equal(was: Any, now: Any) -> bool:
@@ -91,7 +93,7 @@ def _joined(where: str, key: str) -> str:
     return f"{where}.{key}" if where and key else where or key
 
 
-def _difference(where: str, was: Any, now: Any) -> str:
+def _changed(where: str, was: Any, now: Any) -> str:
     return f"{where} (was {shown(was)}, is {shown(now)})"
 
 
@@ -176,7 +178,7 @@ def _config_of(value: Any) -> Any:
     try:
         return value.get_config()
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-        # A class of one's own need not have one (NotImplementedError), or not one that works.
+        # A user's class need not have one (NotImplementedError), or not one that works.
         return None
 
 

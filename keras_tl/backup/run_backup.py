@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from keras_tl.backbone.selecting import is_built
-from keras_tl.backup.run_identity import difference, doubt
+from keras_tl.backup.run_identity import doubt, why_another_run
 from keras_tl.backup.snapshots import Backup, OtherRunError
 from keras_tl.internals.processes import in_all, is_chief, of_all, of_chief
 from keras_tl.internals.values import on_host
@@ -21,7 +21,7 @@ from keras_tl.internals.values import on_host
 
 @dataclasses.dataclass(frozen=True)
 class RunSnapshot:
-    """What a run goes on from.
+    """What a run resumes from.
 
     Attributes:
         epoch: Int. How many epochs are done.
@@ -50,7 +50,7 @@ class RunBackup:
     """
 
     def __init__(self, folder: str | os.PathLike[str], model: keras.Model):
-        # No process goes on to load before the first has deleted what an earlier `fit` has left.
+        # No process loads before the first has deleted what an earlier `fit` has left.
         self._backup = in_all(lambda: Backup(folder, writes=is_chief()))
         self._model = model
         self._failed = False
@@ -61,7 +61,7 @@ class RunBackup:
         return str(self._backup.folder)
 
     def has_snapshots(self) -> bool:
-        """Whether there is anything to go on from, as the first process sees it."""
+        """Whether there is anything to resume from, as the first process sees it."""
         return bool(of_chief(bool(self._backup)))
 
     def save(
@@ -103,7 +103,7 @@ class RunBackup:
 
         Args:
             identity: What `identity_of` returned.
-            apply: Function that has the model and the caller go on from a snapshot, or raises a
+            apply: Function that has the model and the caller resume from a snapshot, or raises a
                 ValueError and leaves both as they were. Then the one before is tried.
 
         Returns:
@@ -158,7 +158,7 @@ class RunBackup:
         def why_not(state: dict[str, Any], arrays: dict[str, list[np.ndarray]]) -> str | None:
             # Data and random numbers of other processes are their own; the first has written.
             if "identity" in state and is_chief():
-                differs = difference(state["identity"], identity)
+                differs = why_another_run(state["identity"], identity)
                 if differs:
                     raise OtherRunError(
                         f"`backup_dir={self.folder!r}` cannot be used: {differs}To start over, "
@@ -172,7 +172,7 @@ class RunBackup:
         warnings.warn(f"UnfreezeAtConvergence: {message}", stacklevel=3)
 
     def _check_all_see(self, epoch: int) -> None:
-        """Raises a ValueError in all processes unless they would go on after the same epoch."""
+        """Raises a ValueError in all processes unless they would resume after the same epoch."""
         epochs = of_all(epoch).tolist()
         if len(set(epochs)) > 1:
             seen = [f"epoch {one}" if one else "none" for one in epochs]

@@ -1,4 +1,4 @@
-"""Which run a backup is of: what must be the same for another `fit` to go on with it."""
+"""Which run a backup is of: what must be the same for another `fit` to resume it."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import keras
 import numpy as np
 
 from keras_tl.backbone import freezing
-from keras_tl.backbone.backbones import Backbones
+from keras_tl.backbone.model_backbones import Backbones
 from keras_tl.backbone.selecting import flatten_layers, is_built
-from keras_tl.backup.configurations import differences, model_configuration, plain, shown
+from keras_tl.backup.configurations import changed_settings, model_configuration, plain, shown
 from keras_tl.backup.sketches import alike, sketch
 from keras_tl.internals.batches import constants_in
 from keras_tl.internals.callback_list import data_of_fit
@@ -24,7 +24,7 @@ from keras_tl.internals.processes import process_count
 from keras_tl.internals.randomness import global_seed
 from keras_tl.internals.values import on_host
 from keras_tl.messages import some
-from keras_tl.optimizers import GroupOptimizer
+from keras_tl.optimizers.groups import group_optimizer
 from keras_tl.stages.stage import Stage
 from keras_tl.version import __version__
 
@@ -34,7 +34,7 @@ _FREE = {"self", "backbone", "backup_dir", "save_freq", "delete_checkpoint", "ve
 _OF_STAGES = {"learning_rate", "layers", "train_batchnorm", "stages", "head_learning_rate"}
 _SHOWN = 5
 
-# What a run changes of what it began with, for the `fit` that goes on with the same model object.
+# What a run changes of what it started with, for a `fit` that resumes with the same model object.
 _begun: weakref.WeakKeyDictionary[keras.Model, tuple[Any, dict[str, Any]]]
 _begun = weakref.WeakKeyDictionary()
 
@@ -62,8 +62,8 @@ def identity_of(
         backbones: The model's `Backbones`.
         exactly: Bool. Whether a stage trains just its layers.
         stage: Int. The stage that the model is in.
-        goes_on: Bool. Whether there are snapshots to go on from. The same model object may have
-            been trained since its run began.
+        goes_on: Bool. Whether there are snapshots to resume from. The same model object may have
+            been trained since its run started.
     """
     model = callback.model
     names = inspect.signature(type(callback).__init__).parameters.keys() - _FREE - _OF_STAGES
@@ -85,8 +85,8 @@ def identity_of(
     }
 
 
-def difference(was: Any, now: dict[str, Any]) -> str | None:
-    """Says in what the run of a backup differs from this one, and what to do about it.
+def why_another_run(was: Any, now: dict[str, Any]) -> str | None:
+    """Says why a backup is of another run than this one, and what to do about it.
 
     Args:
         was: What `identity_of` returned for the run of the backup.
@@ -95,7 +95,7 @@ def difference(was: Any, now: dict[str, Any]) -> str | None:
     Returns:
         A few sentences, or None if it is the same run.
     """
-    found = list(_differences(was, now))
+    found = list(_changes(was, now))
     if not found:
         return None
     more = len(found) - _SHOWN
@@ -110,13 +110,13 @@ def difference(was: Any, now: dict[str, Any]) -> str | None:
 
 
 def doubt(was: Any, now: dict[str, Any]) -> str | None:
-    """Says what may be another run, of two that have no `difference`; None if nothing.
+    """Says what may be another run, of two that `why_another_run` takes for one.
 
     Without a seed, other weights in a backbone may have been drawn, and not learnt.
     """
     if _seeded(was, now):
         return None
-    found = list(_backbone_differences(was, now))
+    found = list(_changes_in_backbone(was, now))
     if not found:
         return None
     return (
@@ -126,7 +126,7 @@ def doubt(was: Any, now: dict[str, Any]) -> str | None:
     )
 
 
-def _differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     if was["backend"] != now["backend"]:
         yield (
             f"the Keras backend (was {was['backend']}, is {now['backend']}; random numbers and "
@@ -145,11 +145,11 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
         ("compile", "compile"),
         ("model", "the model"),
     ):
-        yield from differences(was[key], now[key], complete=complete, where=where)
-    yield from _begin_differences(was["begin"], now["begin"], complete)
+        yield from changed_settings(was[key], now[key], complete=complete, where=where)
+    yield from _changes_at_start(was["begin"], now["begin"], complete)
     if _seeded(was, now):
-        yield from _backbone_differences(was, now)
-    yield from _data_differences(was["data"], now["data"])
+        yield from _changes_in_backbone(was, now)
+    yield from _changes_in_data(was["data"], now["data"])
 
 
 # What the run changes.
@@ -158,7 +158,7 @@ def _differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
 def _begin(
     model: keras.Model, goes_on: bool, describe: Callable[[], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Returns the state that the model's run has begun with."""
+    """Returns the state that the model's run has started with."""
     compiled = compile_call(model)
     known = _begun.get(model) if goes_on else None
     if known is None:
@@ -188,10 +188,10 @@ def _state_at_begin(
 
 
 def _optimizer(model: keras.Model) -> dict[str, Any]:
-    optimizer = without_loss_scale(model.optimizer)
-    trained = steps_of(optimizer) > 0
-    if not isinstance(optimizer, GroupOptimizer):
-        return {"optimizer": plain(optimizer), "trained": trained}
+    trained = steps_of(model.optimizer) > 0
+    optimizer = group_optimizer(model.optimizer)
+    if optimizer is None:
+        return {"optimizer": plain(without_loss_scale(model.optimizer)), "trained": trained}
     # Its configuration is another once it is built, and before it may have none.
     settings = ("groups", "global_clipnorm", "loss_scale_factor")
     described = {name: plain(getattr(optimizer, name)) for name in settings}
@@ -214,7 +214,7 @@ def _without_rates(config: Any) -> Any:
     }
 
 
-def _begin_differences(was: dict[str, Any], now: dict[str, Any], complete: bool) -> Iterator[str]:
+def _changes_at_start(was: dict[str, Any], now: dict[str, Any], complete: bool) -> Iterator[str]:
     if was["stage"] != now["stage"]:
         # A model that was loaded from a later stage: `fit` takes it back to that of the backup.
         return
@@ -224,7 +224,7 @@ def _begin_differences(was: dict[str, Any], now: dict[str, Any], complete: bool)
         before, after = _without_rates(before), _without_rates(after)
     if None in (was["trains"], now["trains"]):
         complete = False  # Of a model that is not built, nothing is assigned yet.
-    yield from differences(before, after, complete=complete, where="compile.optimizer")
+    yield from changed_settings(before, after, complete=complete, where="compile.optimizer")
     if None not in (was["trains"], now["trains"]):
         for number, (one, other) in enumerate(zip(was["trains"], now["trains"], strict=False)):
             before, after = dict(one), dict(other)
@@ -237,7 +237,7 @@ def _begin_differences(was: dict[str, Any], now: dict[str, Any], complete: bool)
                 )
 
 
-def _backbone_differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _changes_in_backbone(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     if was["begin"]["stage"] != now["begin"]["stage"]:
         return
     learnt = was["begin"]["backbone"], now["begin"]["backbone"]
@@ -271,7 +271,7 @@ def _trained_in_each(
 def _learnt(backbones: Backbones) -> dict[str, Any] | None:
     """Returns a sketch of what frozen backbones have learnt, None if they are untrained.
 
-    Vectors (biases, the parameters and statistics of normalizations) begin with one constant; those
+    Vectors (biases, the parameters and statistics of normalizations) start with one constant; those
     that do not have it any more were trained. Others may be drawn at random in each process, as
     LoRA's are, and vectors whose layer says so.
     """
@@ -334,9 +334,9 @@ def _sketches(data: Any) -> list[dict[str, Any]] | None:
     return [sketch(array) for array in arrays if hasattr(array, "shape")] or None
 
 
-def _data_differences(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+def _changes_in_data(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     where = "the data's class_weight"
-    yield from differences(was["class_weight"], now["class_weight"], where=where)
+    yield from changed_settings(was["class_weight"], now["class_weight"], where=where)
     for name in sorted((was.keys() & now.keys()) - {"class_weight"}):
         one, other = was[name], now[name]
         if one is None or other is None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_tl.backbone import backbones
+from keras_tl.backbone.changeable import constant_weights
 from keras_tl.backbone.freezing import count_params
 from keras_tl.backbone.selecting import Choice, check_choice, choose_layers, is_built
 from keras_tl.errors import (
@@ -38,15 +38,15 @@ class FreezeGuard(keras.callbacks.Callback):
     frozen one by one, and the moving statistics of BatchNormalization layers in a `FrozenBackbone`
     or called with `training=False` in a Functional model, trainable or not. What changes by right
     (statistics in the head, seeds, metrics) is not watched. The set is read from the model at each
-    epoch's begin, so it follows `UnfreezeAtConvergence` and what is unfrozen between fits. Place it
+    epoch's start, so it follows `UnfreezeAtConvergence` and what is unfrozen between fits. Place it
     after `UnfreezeAtConvergence` in the list: before it, it learns of a switch an epoch late, and
     keeps the old values of what has been unfrozen until then.
 
-    Before a step is lost, when `fit` and each epoch begin, it also holds the optimizer against what
-    is trainable: on TensorFlow, Keras goes on training a layer that was frozen after `compile`.
+    Before a step is lost, when `fit` and each epoch start, it also compares the optimizer with what
+    is trainable: on TensorFlow, Keras keeps training a layer that was frozen after `compile`.
 
-    A check is one pass over the weights on their device; see `keras_tl.fingerprints`, which proves
-    that every change of one element of up to 32 bits is seen, and any other is missed with a
+    A check is one pass over the weights on their device; see `keras_tl.guard.fingerprints`, which
+    proves that every change of one element of up to 32 bits is seen, and any other is missed with a
     probability below 2**-27. To tell what has changed by how much, the old values are kept: on
     TensorFlow they take no memory until a weight changes, and then that of this weight; on JAX and
     torch they are a copy of the watched weights in the host's memory, whatever the `action`. An
@@ -90,7 +90,7 @@ class FreezeGuard(keras.callbacks.Callback):
     >>> history = model.fit(x, y, callbacks=[FreezeGuard()], verbose=0)
     FreezeGuard: all 2 weights that must not change (36 parameters) are as they were, bit for bit.
 
-    In a training loop of one's own, or around anything else:
+    In a training loop of your own, or around anything else:
 
     >>> with FreezeGuard(verbose=0).watching(model) as guard:
     ...     for _ in range(3):
@@ -156,7 +156,7 @@ class FreezeGuard(keras.callbacks.Callback):
     # Hooks, in the order in which `fit` calls them.
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        # Weights are watched from the first epoch's begin on: until then callbacks load some.
+        # Weights are watched from the first epoch's start on: until then callbacks load some.
         self._restart()
         self.restored.clear()
         self._excluded()  # Raises before anything is trained, if it selects nothing.
@@ -240,7 +240,7 @@ class FreezeGuard(keras.callbacks.Callback):
         """
         if not self._watching:
             raise RuntimeError(
-                "FreezeGuard has nothing to hold the weights against. Call `check()` inside "
+                "FreezeGuard has nothing to compare the weights with. Call `check()` inside "
                 "`with guard.watching(model):`, or while `fit` runs with the guard among its "
                 "callbacks."
             )
@@ -267,7 +267,7 @@ class FreezeGuard(keras.callbacks.Callback):
 
     def _weights_to_keep(self) -> list[keras.Variable]:
         """What must not change, but for `exclude`."""
-        weights = backbones.constant_weights(self.model)
+        weights = constant_weights(self.model)
         if self.layers is not None and is_built(self.model):
             for layer in choose_layers(self.model, self.layers, "layers"):
                 weights += layer.weights
@@ -329,10 +329,11 @@ class FreezeGuard(keras.callbacks.Callback):
 
     def _look(self) -> bool:
         """Acts on weights that have changed and must not. Returns whether any has changed."""
-        model = self.model  # Which brings the weights up to date, on JAX.
+        # On JAX, reading `model` writes what the running `fit` holds back into the weights.
+        model = self.model
         changes = self._watch.changes() if self._watching else []
         if changes:
-            # The set may be smaller by now: a callback behind this one may have unfrozen layers.
+            # The set may be smaller by now: a later callback may have unfrozen layers.
             watched = {id(weight) for weight in self._weights_to_watch()}
             wrong = [change for change in changes if id(change.weight) in watched]
             if wrong:
@@ -404,7 +405,7 @@ class FreezeGuard(keras.callbacks.Callback):
             return f" restored {_weights(len(self.restored))}, {times} in all."
         if self._warned:
             return f": {_weights(len(self._warned))} changed that must not."
-        # What another callback has unfrozen since the last epoch began may change by now.
+        # What another callback has unfrozen since the last epoch started may change by now.
         now = {id(weight) for weight in self._weights_to_watch()}
         weights = [weight for weight in self._watch.weights if id(weight) in now]
         if not weights:

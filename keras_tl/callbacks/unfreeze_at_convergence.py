@@ -15,7 +15,8 @@ from typing import Any
 import keras
 
 from keras_tl.backbone import freezing
-from keras_tl.backbone.backbones import BackboneOf, changeable_weights, names_of_layers
+from keras_tl.backbone.changeable import changeable_weights
+from keras_tl.backbone.model_backbones import BackboneOf, names_of_layers
 from keras_tl.backbone.selecting import Selection, is_built
 from keras_tl.backup.run_backup import RunBackup, RunSnapshot
 from keras_tl.backup.run_identity import identity_of
@@ -23,6 +24,7 @@ from keras_tl.internals.callback_list import callbacks_beside, data_of_fit
 from keras_tl.internals.models import keeps_no_optimizer, set_initial_epoch, unset_initial_epoch
 from keras_tl.internals.processes import of_chief
 from keras_tl.messages import say
+from keras_tl.optimizers.groups import learning_rate_of
 from keras_tl.optimizers.learning_rates import LearningRate
 from keras_tl.stages import early_stops, observers, switching, tensorboard
 from keras_tl.stages.best_weights import BestWeights
@@ -35,7 +37,7 @@ from keras_tl.stages.rate_watch import RateWatch, rates_set
 from keras_tl.stages.stage import DEFAULT_RATE, Stage, check_rate_is_default, check_stages
 from keras_tl.stages.staged_model import GO_ON, StagedModel
 from keras_tl.stages.transition import Transition
-from keras_tl.stages.warm_up import WarmUp, check_can_be_set, learning_rate_of
+from keras_tl.stages.warm_up import WarmUp, check_can_be_set
 from keras_tl.stages.words import what_next, why_ended, why_still_frozen
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_tl.backbone.backbones import BackboneOf
+from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.features.identity import identity_of
 from keras_tl.features.parts import Parts
 from keras_tl.features.reading import dataset_of, positions_of_batches

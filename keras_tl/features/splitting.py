@@ -7,7 +7,7 @@ from typing import Any
 
 import keras
 
-from keras_tl.backbone.backbones import BackboneOf, Backbones
+from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import describe, flatten_layers
 from keras_tl.features.agreement import difference
 from keras_tl.internals.batches import predictions

@@ -124,7 +124,7 @@ def _known(model: keras.Model, optimizer: Any) -> set[int] | None:
     known = {id(one) for one in optimized}
     if all(isinstance(one, keras.Variable) for one in optimized):
         return known
-    # A training loop of one's own may hand it the backend's variables.
+    # A custom training loop may hand it the backend's variables.
     return known | {id(weight) for weight in model.weights if id(weight.value) in known}
 
 

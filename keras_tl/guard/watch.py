@@ -66,7 +66,7 @@ class WeightWatch:
         self.begin()
 
     def begin(self) -> None:
-        """Takes the values that the weights have now as those to keep."""
+        """Keeps the values that the weights have now as those to compare with."""
         self._held = {id(weight): held_values(weight) for weight in self.weights}
         self._expected = self._fingerprints.compute()
 
@@ -87,7 +87,10 @@ class WeightWatch:
             change.weight.assign(change.before)
 
     def _change_of(self, weight: keras.Variable) -> Change | None:
-        """Compares the weight with what was kept of it, on each replica."""
+        """Compares the weight with what was kept of it, on each replica.
+
+        A suspect need not have changed: small weights share a fingerprint.
+        """
         for before, after in zip(self._held[id(weight)], replicas(weight), strict=True):
             change = Change(weight, on_host(before), on_host(after))
             if (_bits(change.before) != _bits(change.after)).any():

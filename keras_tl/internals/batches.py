@@ -173,7 +173,7 @@ def _dataset_of(adapter: Any) -> Any:
 def constants_in(data: Any) -> list[Any] | None:
     """Returns the tensors that a `tf.data.Dataset` was made from, None of other data.
 
-    Nothing is read from it: its steps are followed back to where they begin, such as
+    Nothing is read from it: its steps are followed back to where they start, such as
     `from_tensor_slices`. TensorFlow has no public way to see them; what it does not show is left
     out.
     """
@@ -186,6 +186,8 @@ def constants_in(data: Any) -> list[Any] | None:
         step = steps.pop()
         if id(step) not in seen:
             seen.add(id(step))
+            # Only steps that were made from tensors have `_tensors`. Of a TensorFlow without
+            # either, a resume checks less of its data, which must not end a run.
             found += getattr(step, "_tensors", [])
             steps += getattr(step, "_inputs", list)()
     return [tensor for tensor in found if hasattr(tensor, "numpy")]

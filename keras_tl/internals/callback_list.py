@@ -38,9 +38,9 @@ def running_list(callback: keras.callbacks.Callback) -> keras.callbacks.Callback
 def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
     """Returns what the running `fit` trains and validates with, by argument; nothing without one.
 
-    Keras tells a callback no more than the number of steps; `fit` itself is found on the stack. A
-    `fit` of one's own, without these arguments, has nothing to be seen. Several fits that are one
-    to the callbacks begin in a method of their list, which has the arguments.
+    Keras passes a callback no more than the number of steps; `fit` itself is found on the stack. Of
+    an overridden `fit` without these arguments, nothing is seen. Joint fits, which are one to the
+    callbacks, start in a method of their list, which has the arguments.
     """
     frame = _list_frame(callback)
     while frame is not None:

@@ -93,7 +93,9 @@ def _after_weights(depths: dict[int, list[Any]]) -> set[int]:
     for depth in sorted(depths, reverse=True):
         for node in depths[depth]:
             parents = any(id(parent) in weighted for parent in node.parent_nodes)
-            if parents or getattr(node.operation, "weights", None):
+            # What is no layer, such as `x + y`, has no weights.
+            own = isinstance(node.operation, keras.Layer) and node.operation.weights
+            if parents or own:
                 weighted.add(id(node))
     return weighted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import re
 import threading
@@ -11,7 +12,7 @@ from typing import Any
 
 import keras
 
-from keras_tl.internals.checked import SINCE_3_15, checked
+from keras_tl.internals.checked import SINCE_3_15, UnsupportedKerasError, checked
 from keras_tl.internals.imported import get_keras_mask, global_state, to_snake_case
 
 
@@ -44,6 +45,7 @@ def is_lora_backbone(layer: keras.Layer) -> bool:
 
     It freezes the layers around those with LoRA, and notes nothing of it that is public.
     """
+    # KerasHub's attribute, made by that call. `lora_enabled` of each layer is what Keras tells.
     return bool(getattr(layer, "_lora_enabled_layers", None))
 
 
@@ -64,7 +66,7 @@ def set_weight_flag(weight: keras.Variable, value: bool) -> None:
     """
     weight.trainable = value
     if value and keras.backend.backend() == "tensorflow" and not weight.value.trainable:
-        weight.value._trainable = True
+        weight.value._trainable = True  # `tf.Variable.trainable` has no setter.
 
 
 @checked(SINCE_3_15)
@@ -77,12 +79,14 @@ def seed_states(layer: keras.Layer) -> list[keras.Variable]:
 def call_context_kept() -> Iterator[None]:
     """Puts back the `training` value that the layers called after this one are to see.
 
-    An explicit `training=` in an inner call is stored in the context that all layers of an outer
-    call share, so a backbone called with `training=False` would switch off the Dropout of the head.
+    All layers of one outer call share a context. Keras stores an explicit `training=` of an inner
+    call in it and leaves it there, so a backbone called with `training=False` would switch off the
+    Dropout of the head.
     """
+    _check_call_context()
     context = global_state.get_global_attribute("current_call_ctx")
     if context is None:
-        yield
+        yield  # This call is the outermost: Keras makes its context, and drops it after it.
         return
     training = context.get_value("training")
     try:
@@ -91,12 +95,24 @@ def call_context_kept() -> Iterator[None]:
         context.set_value("training", training)
 
 
+@functools.cache
+@checked(SINCE_3_15)
+def _check_call_context() -> None:
+    """Raises once if Keras keeps the context elsewhere: the head's Dropout would be off in silence.
+
+    Between calls there is no context, so that none is found says nothing. Its name is looked for in
+    the code of the method that makes it.
+    """
+    if "current_call_ctx" not in keras.Layer._get_call_context.__code__.co_consts:
+        raise UnsupportedKerasError("current_call_ctx", SINCE_3_15)
+
+
 class HeldInInference:
     """A context in which BatchNormalization layers run in inference mode.
 
     They do so whatever `training` they are called with: if its own `trainable` flag is cleared, the
-    layer does not look at it. The flag of the layer alone, so gamma and beta go on training.
-    Counted, because threads may overlap.
+    layer does not look at it. The flag of the layer alone, so gamma and beta keep training.
+    Entries are counted, because threads may overlap.
     """
 
     _lock = threading.Lock()
@@ -144,6 +160,7 @@ def _watched_variables(weights: Iterable[keras.Variable]) -> list[Any]:
         return []
     # Not `value`, which is a copy where Keras casts what a layer reads.
     values = [weight._value for weight in weights if weight._value is not None]
+    # Under a distribution strategy the value is one variable for each replica, in `values`.
     variables = [one for value in values for one in getattr(value, "values", [value])]
     return [variable for variable in variables if variable.trainable]
 
@@ -161,6 +178,7 @@ def take_call_signature(layer: keras.Layer, wrapped: keras.Layer) -> None:
     Keras reads a layer's signature once, when it is made, and goes by it ever after: it binds the
     arguments to names, and fills in masks and what a model hands down to all of its layers.
     """
+    # All that `Layer.__init__` derives from the signature is derived again.
     parameters = list(wrapped._call_signature.parameters.values())
     if "training" not in wrapped._call_signature.parameters:
         training = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY, default=None)
@@ -182,8 +200,8 @@ def training_by_name(
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Returns a layer's call arguments such that `training` and what comes after it have names.
 
-    Those that `*inputs` catches have no name and stay as they are, and so do too many, which Keras
-    tells of.
+    Those that `*inputs` catches have no name and stay as they are. So do too many, of which Keras
+    says so itself.
     """
     parameters = layer._call_signature.parameters
     place = list(parameters).index("training")
@@ -215,6 +233,7 @@ def rounds_coarsely(layers: Iterable[keras.Layer]) -> bool:
     Their outputs may be of another dtype. On accelerators, float32 may be so too: GPUs round what
     is multiplied to 10 bits (TF32), TPUs to 7.
     """
+    # Layers that Keras cannot quantize have no `quantization_mode`.
     return _on_accelerator() or any(
         layer.compute_dtype in _HALF or getattr(layer, "quantization_mode", None) is not None
         for layer in layers

@@ -99,7 +99,7 @@ def renew_functions(model: keras.Model, *, keep_evaluation: bool) -> None:
     if not (keep_evaluation and keras.backend.backend() == "tensorflow"):
         model.test_function = None
         model.predict_function = None
-    # What `compile` notes, and Keras means to hold against the flags when `fit` begins.
+    # What `compile` notes, and Keras means to compare with the flags when `fit` starts.
     flags = {layer: layer.trainable for layer in model._flatten_layers()}
     model._compiled_trainable_state.update(flags)
     model.make_train_function(force=True)
@@ -223,28 +223,33 @@ def compile_call(model: keras.Model) -> Any:
     return model._compile_config
 
 
+@checked(SINCE_3_15)
 def flags_when_compiled(model: keras.Model) -> dict[keras.Layer, bool]:
-    """Returns the `trainable` flags that the layers had when the model was compiled."""
+    """Returns the `trainable` flags that the layers had when the model was compiled, if it was."""
+    by_keras = getattr(type(model), "compile", None) is keras.Model.compile
+    if by_keras and model.compiled:
+        return dict(model._compiled_trainable_state)
+    # A layer is never compiled, and an overridden `compile` need not call that of Keras.
     return dict(getattr(model, "_compiled_trainable_state", {}))
 
 
 @checked(SINCE_3_15)
 def initial_epoch(model: keras.Model) -> int | None:
-    """Returns the epoch that a restoring callback has set for `fit` to begin with, if one has."""
+    """Returns the epoch that a restoring callback has set for `fit` to start with, if one has."""
     return model._initial_epoch
 
 
-# What was set, and what was there before, of each model whose `fit` has not begun there yet.
+# What was set, and what was there before, of each model whose `fit` has not started there yet.
 _epochs_set: weakref.WeakKeyDictionary[keras.Model, tuple[int, int | None]]
 _epochs_set = weakref.WeakKeyDictionary()
 
 
 @checked(SINCE_3_15)
 def set_initial_epoch(model: keras.Model, epoch: int) -> None:
-    """Sets the epoch that `fit` begins with, when called in `on_train_begin`.
+    """Sets the epoch that `fit` starts with, when called in `on_train_begin`.
 
-    As `BackupAndRestore` does it, which leaves it set: the next `fit` would begin there too. So
-    `unset_initial_epoch` is to be called once `fit` has begun.
+    As `BackupAndRestore` does it, which leaves it set: the next `fit` would start there too. So
+    `unset_initial_epoch` is to be called once `fit` has started.
     """
     unset_initial_epoch(model)
     _epochs_set[model] = (epoch, model._initial_epoch)

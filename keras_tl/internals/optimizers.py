@@ -8,12 +8,15 @@ from typing import Any
 
 import keras
 
-from keras_tl.internals.checked import SINCE_3_15, checked
+from keras_tl.internals.checked import SINCE_3_15, UnsupportedKerasError, checked
 from keras_tl.internals.values import copy_value, on_host
 
 
 def without_loss_scale(optimizer: keras.Optimizer) -> keras.Optimizer:
-    """Returns the optimizer inside a `LossScaleOptimizer`, or the optimizer itself."""
+    """Returns the optimizer inside a `LossScaleOptimizer`, or the optimizer itself.
+
+    `compile` puts that wrapper around the optimizer of a model in float16.
+    """
     if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
         return optimizer.inner_optimizer
     return optimizer
@@ -54,21 +57,36 @@ def has_settable_rate(optimizer: Any) -> bool:
 def steps_of(optimizer: Any) -> int:
     """Returns the step count that an optimizer's schedule reads.
 
-    With `gradient_accumulation_steps` that is not `iterations`, which counts updates.
+    With `gradient_accumulation_steps` that is not `iterations`, which counts updates. A
+    `LossScaleOptimizer` has a count of its own, which no schedule reads.
     """
-    return int(on_host(optimizer._iterations))
+    return int(on_host(without_loss_scale(optimizer)._iterations))
+
+
+@checked(SINCE_3_15)
+def variable_key(optimizer: Any, variable: Any) -> Any:
+    """Returns by what an optimizer knows a variable: the same for Keras' and for TensorFlow's."""
+    return optimizer._var_key(variable)
 
 
 @checked(SINCE_3_15)
 def optimizer_weights(optimizer: Any) -> list[Any] | None:
     """Returns the variables that an optimizer was built to update, or None before it is built."""
     inner = without_loss_scale(optimizer)
+    # Without `built` it is None, or an optimizer of another library in a custom loop.
     return list(inner._trainable_variables) if getattr(inner, "built", False) else None
 
 
 def copy_weight_decay_exclusions(source: keras.Optimizer, target: keras.Optimizer) -> None:
-    """Copies what `exclude_from_weight_decay` was told, which no configuration carries."""
+    """Copies what `exclude_from_weight_decay` was told, which no configuration carries.
+
+    Raises:
+        UnsupportedKerasError: If `exclude_from_weight_decay` notes it elsewhere.
+    """
     for name in ("_exclude_from_weight_decay", "_exclude_from_weight_decay_pattern"):
+        # Only the call makes the attributes, so its code tells whether they are still the ones.
+        if name not in keras.Optimizer.exclude_from_weight_decay.__code__.co_names:
+            raise UnsupportedKerasError(name, SINCE_3_15)
         if hasattr(source, name):
             setattr(target, name, getattr(source, name))
 
@@ -86,11 +104,19 @@ def moving_averages(optimizer: Any) -> list[tuple[Any, keras.Variable]]:
 
 
 @checked(SINCE_3_15)
-def continue_averages(old: Any, new: Any) -> None:
-    """Has a new optimizer go on with the averages that an old one keeps of the same weights.
+def averages_of_all(optimizer: Any) -> list[keras.Variable] | None:
+    """Returns the moving average of each variable of a built optimizer, None if one has none."""
+    averages = {variable_key(optimizer, one): kept for one, kept in moving_averages(optimizer)}
+    keys = [variable_key(optimizer, one) for one in optimizer._trainable_variables]
+    return [averages[key] for key in keys] if all(key in averages for key in keys) else None
 
-    Keras begins each average at the first step of its optimizer, which those of weights that have
-    been averaged before must not do.
+
+@checked(SINCE_3_15)
+def continue_averages(old: Any, new: Any) -> None:
+    """Has a new optimizer continue the averages that an old one keeps of the same weights.
+
+    Keras starts each average at the first step of its optimizer: an average that is copied from an
+    old optimizer would be overwritten there.
 
     Args:
         old: A built optimizer.
@@ -108,6 +134,7 @@ def continue_averages(old: Any, new: Any) -> None:
                 copy_value(before, average)
         begun = {id(average) for before, average in known if before is not None}
         if begun:
+            # In a method of this one object: a subclass would change what a saved model names.
             update = functools.partial(_update_averages, optimizer, begun)
             _replace(optimizer, "_update_model_variables_moving_average", update)
 
@@ -115,12 +142,13 @@ def continue_averages(old: Any, new: Any) -> None:
 @checked(SINCE_3_15)
 def _replace(optimizer: Any, method: str, function: Callable) -> None:
     """Replaces a method of one optimizer, which must have it: else nothing would call it."""
-    getattr(optimizer, method)
+    getattr(optimizer, method)  # Raises, and `checked` names what Keras lacks.
     setattr(optimizer, method, function)
 
 
 @checked(SINCE_3_15)
 def _update_averages(optimizer: Any, begun: set[int], variables: Sequence[Any]) -> None:
+    # As Keras' own method, but for `begun`: at its first step it makes each average the variable.
     first_step = keras.ops.equal(optimizer.iterations, 0)
     kept = optimizer._model_variables_moving_average
     for variable, average in zip(variables, kept, strict=True):
@@ -155,6 +183,8 @@ def copy_optimizer_state(source: keras.Optimizer, target: keras.Optimizer) -> No
 @checked(SINCE_3_15)
 def _slots(optimizer: keras.Optimizer) -> dict[str, list[Any]]:
     """The lists in which an optimizer keeps something for each variable, by attribute."""
+    # Each optimizer class names its slots itself; in all of them a slot is a list that has
+    # a variable, or None, for each variable that trains.
     count = len(optimizer._trainable_variables)
     apart = (optimizer._variables, optimizer._trainable_variables)
     return {
@@ -169,6 +199,7 @@ def _slots(optimizer: keras.Optimizer) -> dict[str, list[Any]]:
 
 @checked(SINCE_3_15)
 def _shared_state(optimizer: keras.Optimizer, slots: dict[str, list[Any]]) -> list[keras.Variable]:
+    """What an optimizer keeps for all variables together: the step count, Nadam's momenta."""
     kept = {id(one) for values in slots.values() for one in values}
     kept.add(id(optimizer._learning_rate))
     return [variable for variable in optimizer._variables if id(variable) not in kept]
@@ -182,7 +213,11 @@ def scale_learning_rates(
 
     As if each rate had an optimizer of its own, at the cost of one. Backends that update several
     variables at once (torch) do so for those of one scale.
+
+    Methods of this one object are replaced, for no hook of Keras sees a variable and its rate
+    together: `update_step` has the rate as an argument, but weight decay asks for it once for all.
     """
+    # By index, which Keras looks up for the backend's variables too, and under a strategy.
     scales = [scale_of(variable) for variable in optimizer._trainable_variables]
 
     index_of = optimizer._get_variable_index
@@ -201,6 +236,7 @@ def scale_learning_rates(
         update(gradient, variable, _scaled(learning_rate, scale(variable)))
 
     def scaled_decay(variables: Sequence[Any]) -> None:
+        # Decay multiplies by the rate that `_get_current_learning_rate` returns meanwhile.
         nonlocal factor
         for factor, members in _by_scale(variables):
             decay(members)
@@ -212,10 +248,11 @@ def scale_learning_rates(
             groups.setdefault(scale(variable), []).append(variable)
         return list(groups.items())
 
-    optimizer._get_current_learning_rate = scaled_rate
-    optimizer._apply_weight_decay = scaled_decay
+    _replace(optimizer, "_get_current_learning_rate", scaled_rate)
+    _replace(optimizer, "_apply_weight_decay", scaled_decay)
+    # Only torch has it, and not for every optimizer: Keras calls it in place of `update_step`.
     if not hasattr(optimizer, "_parallel_update_step"):
-        optimizer.update_step = scaled_update
+        _replace(optimizer, "update_step", scaled_update)
         return
     together = optimizer._parallel_update_step
     shared = _shared_state(optimizer, _slots(optimizer))
@@ -229,7 +266,7 @@ def scale_learning_rates(
                 variable.assign(value)
             together([of[id(v)] for v in members], members, _scaled(learning_rate, one))
 
-    optimizer._parallel_update_step = scaled_together
+    _replace(optimizer, "_parallel_update_step", scaled_together)
 
 
 def _scaled(learning_rate: Any, scale: float) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import keras
 import numpy as np
 
+from keras_tl.internals.checked import SINCE_3_15, checked
 from keras_tl.internals.imported import global_state
 from keras_tl.internals.values import on_host
 
@@ -39,13 +40,17 @@ def random_state() -> Callable[[], None]:
     return restore
 
 
+@checked(SINCE_3_15)
 def _backend_random_state() -> Callable[[], None]:
+    """Returns a function that puts back the backend's own generator. JAX has none."""
     if keras.backend.backend() == "tensorflow":
         from tensorflow.python.eager import context
 
-        generator = getattr(context.context(), "_rng", None)
-        state = None if generator is None else generator.getstate()
-        return lambda: None if generator is None else generator.setstate(state)
+        if context.global_seed() is None:
+            return lambda: None  # Without a seed there is no generator.
+        generator = context.context()._rng
+        state = generator.getstate()
+        return lambda: generator.setstate(state)
     if keras.backend.backend() == "torch":
         import torch
 

@@ -27,6 +27,7 @@ def read_without_wrapper(store: Any, layer: keras.Layer, attribute: str) -> bool
     Returns:
         Bool. Whether it is such a file.
     """
+    # Other stores (of `.npz` files) have no such path: there Keras' own error names the layer.
     path = getattr(store, "_h5_entry_path", None)
     # Of a file in shards only one is open at a time.
     if path is None or hasattr(store, "sharding_config") or store.has_path(f"{path}/{attribute}"):

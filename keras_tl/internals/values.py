@@ -14,6 +14,7 @@ import numpy as np
 def replicas(weight: keras.Variable) -> list[Any]:
     """Returns the backend's variables behind a weight: one, or one for each replica."""
     if keras.backend.backend() == "tensorflow":
+        # Under a distribution strategy the value is one variable for each replica, in `values`.
         return list(getattr(weight.value, "values", [weight.value]))
     return [weight.value]
 

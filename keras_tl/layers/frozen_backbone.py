@@ -49,7 +49,7 @@ class _CallArguments:
             for name, value in kwargs.items()
             if name != "training" and value is not None
         }
-        # Of what `*inputs` catches, Keras tells the shapes as those of one input that is a tuple.
+        # Keras gives the shapes of what `*inputs` catches as those of one input, a tuple.
         if len(args) == 1 and not kwargs and not catches_inputs(layer):
             return None
         return cls(*keras.tree.map_structure(_spec_of, (args, kwargs)))
@@ -185,7 +185,8 @@ class FrozenBackbone(keras.layers.Layer):
         args, kwargs = training_by_name(self, args, kwargs)
         if not self.built:
             self._call_arguments = _CallArguments.of(self, args, kwargs)
-        # Keras stores an explicit `training` for the layers after this one before it calls `call`.
+        # Around `super().__call__`: it stores an explicit `training` for the layers after this one
+        # before it calls `call`, where it would be too late to put it back.
         with call_context_kept():
             return super().__call__(*args, **kwargs)
 
@@ -202,11 +203,15 @@ class FrozenBackbone(keras.layers.Layer):
         args, kwargs = training_by_name(self, args, {"training": training, **kwargs})
         if not self.trainable_weights or self.inference_mode == "always":
             kwargs["training"] = False
+        # By weight and not by layer: single weights may be frozen in layers that train.
         trainable = {id(weight) for weight in self.backbone.trainable_weights}
         frozen = [weight for weight in self.backbone.weights if id(weight) not in trainable]
         with (
+            # Again, for the `training=False` of the inner call: `call` may be called directly.
             call_context_kept(),
             not_watched(frozen),
+            # Also where `training=False` does not reach: in the mode "batchnorm", and in a backbone
+            # whose own `call` insists on `training=True`.
             self._batchnorm_in_inference,
         ):
             return self.backbone(*args, **kwargs)
@@ -309,8 +314,8 @@ class FrozenBackbone(keras.layers.Layer):
     def _renew_sharing_if_changed_by(self, change: Callable[[], Any]) -> None:
         """Has models that share weights compile anew, if there is a flag that is to change.
 
-        Before it changes, for the values of a `fit` that runs go by position. To look for the
-        models takes longer than to try.
+        Before it changes, for the values of a `fit` that runs go by position. And only if it does:
+        to look for the models takes longer than to try.
         """
         if not renews_sharing():
             return
@@ -407,7 +412,7 @@ class FrozenBackbone(keras.layers.Layer):
 
 @dataclasses.dataclass(frozen=True)
 class _Saved:
-    """What a configuration tells of the flags. Keras tracks no dataclass among the attributes.
+    """What a configuration says of the flags. As a dataclass, Keras does not track what is in it.
 
     Attributes:
         hand_frozen: What `HandFrozen.from_config` takes.

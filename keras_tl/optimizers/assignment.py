@@ -35,7 +35,9 @@ def membership(assignment: Assignment) -> Callable[[keras.Variable], bool]:
 
 
 class SavedFunction:
-    """A function that a file names and that is not there: it cannot say what is in a group.
+    """Stands for a function that a file names and this process does not have.
+
+    It raises where it is asked, and not on loading: what the file records needs no function.
 
     Args:
         name: String. The function's name.
@@ -47,7 +49,7 @@ class SavedFunction:
     def __call__(self, variable: keras.Variable) -> bool:
         raise ValueError(
             f"The file of this GroupOptimizer says that the function {self.name!r} assigns "
-            f"variables to a group, and not whether it assigns {variable.path!r}. Define it under "
+            f"variables to a group, but not whether it assigns {variable.path!r}. Define it under "
             "`@keras.saving.register_keras_serializable()` before loading, pass it as "
             "`custom_objects`, or compile the model anew."
         )
@@ -59,8 +61,8 @@ def to_config(group: str, assignment: Assignment, *, settled: bool) -> list[Any]
     Args:
         group: String. The name of the group.
         assignment: What is in it.
-        settled: Bool. Whether the file holds besides in which group the variables are. Then what is
-            not known of others is found out where it is needed.
+        settled: Bool. Whether the file also records the group of each variable. Then a function
+            that no file can hold is missed only where other variables join, and raises there.
 
     Returns:
         A list of regular expressions, and of dictionaries that name functions.
@@ -119,7 +121,7 @@ def _with_flags(pattern: re.Pattern) -> str:
     try:
         re.compile(text)
     except re.error:
-        return pattern.pattern  # It begins with the flags itself.
+        return pattern.pattern  # It starts with the flags itself.
     return text
 
 
@@ -131,7 +133,7 @@ def check_assign(groups: Mapping[str, Any], assign: Mapping[str, Any]) -> None:
     unknown = [group for group in assign if group not in groups]
     if unknown:
         raise ValueError(
-            f"`assign` names groups that there are not: {unknown}. The groups are {list(groups)}."
+            f"`assign` names unknown groups: {unknown}. The groups are {list(groups)}."
         )
     rest = [group for group in groups if group not in assign]
     if len(rest) > 1:

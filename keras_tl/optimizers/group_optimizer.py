@@ -5,17 +5,18 @@ from __future__ import annotations
 import copy
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import keras
 
 from keras_tl.internals.imported import clip_by_global_norm
 from keras_tl.internals.optimizers import (
+    averages_of_all,
     copy_optimizer_state,
-    moving_averages,
     optimizer_weights,
     scale_learning_rates,
+    variable_key,
 )
 from keras_tl.optimizers.assignment import (
     Assignment,
@@ -88,13 +89,13 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         _check_groups(groups)
         check_assign(groups, assign)
         super().__init__(
-            self._optimizer_of, loss_scale_factor=loss_scale_factor, name=name or "group_optimizer"
+            _GroupMap(groups, self._optimizer_of),
+            loss_scale_factor=loss_scale_factor,
+            name=name or "group_optimizer",
         )
         self._groups = dict(groups)
         for group, optimizer in groups.items():
             optimizer.name = group
-            optimizer.loss_scale_factor = loss_scale_factor
-        self._inner_optimizers = list(groups.values())
         self._assign = assign
         for group, given in assign.items():
             if isinstance(given, LayerwiseLearningRates):
@@ -139,7 +140,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         Raises:
             KeyError: If the optimizer is not built, or not with that variable.
         """
-        return self._names[self._var_key(variable)]
+        return self._names[variable_key(self, variable)]
 
     def rates(self, variables: Sequence[keras.Variable]) -> list[float]:
         """Returns the learning rate of each of some variables.
@@ -176,7 +177,8 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         if self.built:
             return
         variables = list(variables)
-        keys = [self._var_key(variable) for variable in variables]
+        keys = [variable_key(self, variable) for variable in variables]
+        # Before anything is noted: what cannot be resolved leaves the optimizer as it was.
         scales = self._resolve_scales(variables)
         groups = self.resolve(variables)
         self._names = dict(zip(keys, groups, strict=True))
@@ -186,6 +188,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         if self._recorded is not None:
             self._recorded |= _by_path(self._members)
         super().build(variables)
+        # Only now: Keras counts the variables of an optimizer when it builds it.
         for group, optimizer in self._groups.items():
             if any(self._scale_of(v) != 1.0 for v in variables if self.group_of(v) == group):
                 scale_learning_rates(optimizer, self._scale_of)
@@ -195,14 +198,14 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         variables: Sequence[keras.Variable],
         before: GroupOptimizer | Mapping[str, keras.Optimizer],
     ) -> None:
-        """Builds the optimizer such that groups go on where they were, if nothing joins them.
+        """Builds the optimizer such that groups keep their state, if nothing joins them.
 
         Args:
             variables: The variables to update.
             before: Built optimizers by the names of groups, each of the same class as the group's;
-                or a `GroupOptimizer`, whose learning rates by layer are kept too. A group goes on
-                with the state there if it had all of the group's variables; otherwise it starts
-                anew.
+                or a `GroupOptimizer`, whose learning rates by layer are kept too. A group takes
+                over the state there if that has all of the group's variables; otherwise it starts
+                anew: a step count that old and new variables shared would be wrong for one of them.
         """
         if isinstance(before, GroupOptimizer):
             self._kept = before.scales
@@ -218,7 +221,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         self, grads: Sequence[Any], trainable_variables: Sequence[keras.Variable] | None = None
     ) -> None:
         if self.global_clipnorm:
-            # The optimizers of the groups divide by the scale only after this.
+            # The gradients are still scaled: the groups' optimizers divide by it after this.
             norm = self.global_clipnorm * (self.loss_scale_factor or 1.0)
             grads = clip_by_global_norm(list(grads), norm)
         super().apply(grads, trainable_variables)
@@ -232,22 +235,23 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
 
     @learning_rate.setter
     def learning_rate(self, value: float) -> None:
+        # A callback may have set the rate of one group by itself since.
         self._note_ratios()
         for group, optimizer in self._groups.items():
             optimizer.learning_rate = float(value) * self._ratios[group]
 
     @property
     def optimizers(self) -> list[keras.Optimizer]:
-        """Not there: Keras' callbacks would set the rate of each group by itself. See `groups`."""
+        """Not there: `LearningRateScheduler` would set one rate for all. See `groups`."""
         raise AttributeError("A GroupOptimizer has `groups`, a dictionary of optimizers by name.")
 
     @property
     def _model_variables_moving_average(self) -> list[keras.Variable]:
         """What `SwapEMAWeights` swaps, if all groups keep averages: it swaps all or nothing."""
-        averages = {self._var_key(variable): kept for variable, kept in moving_averages(self)}
-        if any(self._var_key(variable) not in averages for variable in self._trainable_variables):
+        averages = averages_of_all(self)
+        if averages is None:
             raise AttributeError("Not all groups have `use_ema=True`.")
-        return [averages[self._var_key(variable)] for variable in self._trainable_variables]
+        return averages
 
     # Saving.
 
@@ -274,6 +278,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         cls, config: dict[str, Any], custom_objects: dict[str, Any] | None = None
     ) -> GroupOptimizer:
         config = dict(config)
+        # An optimizer that was saved before it was built lists no variables.
         assigned = config.pop("assigned", None) or []
         paths = config.pop("paths", None) or [None] * len(assigned)
         scales = config.pop("scales", None) or [1.0] * len(assigned)
@@ -373,7 +378,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         return [self._recorded.get(variable.path) for variable in variables]
 
     def _resolve_scale(self, variable: keras.Variable, group: str) -> float:
-        group_before, scale = self._kept.get(self._var_key(variable), (None, 1.0))
+        group_before, scale = self._kept.get(variable_key(self, variable), (None, 1.0))
         if group_before == group:
             return scale
         given = self._assign.get(group)
@@ -382,7 +387,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         return 1.0
 
     def _scale_of(self, variable: keras.Variable) -> float:
-        return self._scales[self._var_key(variable)]
+        return self._scales[variable_key(self, variable)]
 
     def _rates_of_groups(self) -> dict[str, float]:
         return {
@@ -399,6 +404,24 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
 
 
 _SHOWN = 5
+
+
+class _GroupMap(keras.optimizers.OptimizerMap):
+    """Which optimizer updates a variable, as Keras asks for it: by the variable, not its path.
+
+    Its values are the groups' optimizers, in their order, those of empty groups too.
+    """
+
+    def __init__(
+        self,
+        groups: Mapping[str, keras.Optimizer],
+        optimizer_of: Callable[[keras.Variable], keras.Optimizer],
+    ):
+        super().__init__(next(iter(groups.values())), dict(groups))
+        self._optimizer_of = optimizer_of
+
+    def __call__(self, variable: keras.Variable) -> keras.Optimizer:
+        return self._optimizer_of(variable)
 
 
 def _by_path(members: Sequence[tuple[str | None, str, float]]) -> dict[str, tuple[str, float]]:

@@ -10,8 +10,8 @@ from typing import Any, TypeAlias
 import keras
 import numpy as np
 
-from keras_tl.backbone.backbones import unwrapped
 from keras_tl.backbone.blocks import split_into_blocks, warn_of_one_block
+from keras_tl.backbone.model_backbones import unwrapped
 from keras_tl.backbone.selecting import Backbone, describe, named_layers, no_such_layer, roots
 from keras_tl.internals.layers import own_trainable_weights
 

@@ -1,4 +1,4 @@
-"""A learning-rate schedule that begins at another step than its optimizer."""
+"""A learning-rate schedule that starts at another step than its optimizer."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from keras_tl.internals.optimizers import schedule_of, steps_of
 class ShiftedSchedule(keras.optimizers.schedules.LearningRateSchedule):
     """A schedule that is at its step 0 when its optimizer has made `first_step` steps.
 
-    An optimizer that goes on with its state counts on, so a schedule that is new to it would begin
-    in its middle or at its end: the step count cannot be reset, for Adam's bias correction reads
+    An optimizer that keeps its state keeps its step count, so a schedule that is new to it would
+    start in its middle or at its end. The count cannot be reset, for Adam's bias correction reads
     it. `UnfreezeAtConvergence` gives such a schedule to the head.
 
     Args:
         schedule: A `LearningRateSchedule`.
         first_step: Int. Before this step the schedule stays at its first value. Below 0, the
-            schedule began before its optimizer.
+            schedule started before its optimizer.
 
     Example:
 
@@ -50,13 +50,13 @@ class ShiftedSchedule(keras.optimizers.schedules.LearningRateSchedule):
 
 
 def first_step_of(optimizer: keras.Optimizer) -> int:
-    """Returns the step of an optimizer at which its schedule begins: 0 for one not shifted."""
+    """Returns the step of an optimizer at which its schedule starts: 0 for one not shifted."""
     schedule = schedule_of(optimizer)
     return schedule.first_step if isinstance(schedule, ShiftedSchedule) else 0
 
 
 def set_first_step(optimizer: keras.Optimizer, first_step: int) -> None:
-    """Has an optimizer's schedule begin at a step. Without a schedule, nothing happens."""
+    """Has an optimizer's schedule start at a step. Without a schedule, nothing happens."""
     schedule = schedule_of(optimizer)
     if isinstance(schedule, ShiftedSchedule):
         schedule = schedule.schedule
@@ -65,11 +65,11 @@ def set_first_step(optimizer: keras.Optimizer, first_step: int) -> None:
 
 
 def begin_schedule(optimizer: keras.Optimizer) -> None:
-    """Has an optimizer's schedule begin now, whatever step the optimizer has reached."""
+    """Has an optimizer's schedule start now, whatever step the optimizer has reached."""
     set_first_step(optimizer, steps_of(optimizer))
 
 
 def continue_schedule(old: keras.Optimizer, new: keras.Optimizer) -> None:
-    """Has the schedule that `new` took over from `old` go on, also where its step count begins."""
+    """Has the schedule that `new` took over from `old` continue, though its step count restarts."""
     done = steps_of(old) - steps_of(new)
     set_first_step(new, first_step_of(old) - done)

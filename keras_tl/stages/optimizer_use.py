@@ -7,7 +7,7 @@ from typing import Any
 import keras
 
 from keras_tl.internals.models import has_own_train_step, own_optimizers
-from keras_tl.internals.optimizers import steps_of, without_loss_scale
+from keras_tl.internals.optimizers import steps_of
 from keras_tl.internals.values import on_host
 
 
@@ -67,7 +67,7 @@ def _is_default(optimizer: keras.Optimizer) -> bool:
 
 def _state(optimizer: Any) -> tuple[int, ...]:
     """Numbers of which each step changes one; of a step that overflows, those of the loss scale."""
-    steps = steps_of(without_loss_scale(optimizer))
+    steps = steps_of(optimizer)
     if not (isinstance(optimizer, keras.optimizers.LossScaleOptimizer) and optimizer.built):
         return (steps,)
     counts = [optimizer.step_counter, optimizer.dynamic_scale]

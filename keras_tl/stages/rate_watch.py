@@ -10,14 +10,9 @@ from typing import Any
 
 import keras
 
-from keras_tl.internals.optimizers import (
-    has_settable_rate,
-    schedule_of,
-    steps_of,
-    without_loss_scale,
-)
+from keras_tl.internals.optimizers import has_settable_rate, schedule_of, steps_of
+from keras_tl.optimizers.groups import groups_of, learning_rate_of
 from keras_tl.stages.observers import Observer
-from keras_tl.stages.warm_up import learning_rate_of
 
 _TOLERANCE = 1.001
 # The hooks in which a rate is set, each with the older names that its default calls.
@@ -143,8 +138,7 @@ def rates_set(model: keras.Model) -> dict[str, Any]:
 
 def _optimizers_of(model: keras.Model) -> dict[str, keras.Optimizer]:
     """Returns a model's optimizers by parameter group; a single one by ""."""
-    optimizer = without_loss_scale(model.optimizer)
-    return getattr(optimizer, "groups", None) or {"": optimizer}
+    return groups_of(model.optimizer, alone="")
 
 
 def _rate_set(optimizer: keras.Optimizer) -> Any:

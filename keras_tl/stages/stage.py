@@ -10,8 +10,8 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tl.backbone.backbones import stay_frozen, unwrapped
 from keras_tl.backbone.blocks import split_by_depth
+from keras_tl.backbone.model_backbones import stay_frozen, unwrapped
 from keras_tl.backbone.selecting import Backbone, Selection, check_selection
 from keras_tl.optimizers.learning_rates import (
     LayerwiseLearningRates,

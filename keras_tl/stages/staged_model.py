@@ -9,15 +9,17 @@ from collections.abc import Mapping, Sequence
 import keras
 
 from keras_tl.backbone import freezing
-from keras_tl.backbone.backbones import BackboneOf, Backbones, changeable_weights
+from keras_tl.backbone.changeable import changeable_weights
+from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import is_built
 from keras_tl.internals.optimizers import optimizer_weights, steps_of, without_loss_scale
 from keras_tl.optimizers import GroupOptimizer
+from keras_tl.optimizers.groups import group_optimizer, groups_of, learning_rate_of
 from keras_tl.optimizers.learning_rates import LayerwiseLearningRates, LearningRate
 from keras_tl.stages import switching
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.stage import DEFAULT_RATE, Stage
-from keras_tl.stages.warm_up import check_can_be_set, learning_rate_of
+from keras_tl.stages.warm_up import check_can_be_set
 
 GO_ON = (
     "To go on fine-tuning, freeze its BatchNormalization layers, compile with the low learning "
@@ -27,6 +29,9 @@ GO_ON = (
 
 class StagedModel:
     """A compiled model and its stages after stage 0.
+
+    Its stage is read from what trains, and not remembered: a model may be loaded, or unfrozen by
+    hand, between fits.
 
     Args:
         model: A compiled model.
@@ -79,10 +84,11 @@ class StagedModel:
     def check_renewable(self, warmup_steps: int) -> None:
         """Raises now what would else be raised at the switch from stage 0."""
         compiled = without_loss_scale(self._model.optimizer)
-        if self._optimizer is None and isinstance(compiled, GroupOptimizer):
-            self._check_groups(compiled)
+        groups = self._compiled_groups()
+        if groups is not None:
+            self._check_groups(groups)
             if warmup_steps:
-                check_can_be_set("warmup_steps", *compiled.groups.values())
+                check_can_be_set("warmup_steps", *groups.groups.values())
         elif isinstance(compiled, keras.optimizers.MultiOptimizer):
             if any(stage.head_learning_rate is not None for stage in self._stages):
                 raise ValueError(
@@ -140,8 +146,7 @@ class StagedModel:
         trained = optimizer_weights(self._model.optimizer) or []
         if freezing.without(self.backbones.trainable_weights, trained):
             return False
-        steps = steps_of(without_loss_scale(self._model.optimizer))
-        return steps > 0 and any(
+        return steps_of(self._model.optimizer) > 0 and any(
             self.backbones.trains_only(stage.layers, stage.train_batchnorm)
             for stage in self._stages
         )
@@ -162,7 +167,7 @@ class StagedModel:
         return 0 if self.backbones.still_frozen(only.layers, only.train_batchnorm) else 1
 
     def enter(self, number: int, best: BestWeights | None = None) -> None:
-        """Goes to a stage, from the best weights of the one before on, or changes nothing."""
+        """Goes to a stage, from the best weights of the one before, or changes nothing."""
         with switching.all_or_nothing(self._model, changeable_weights(self._model)):
             if best is not None:
                 best.restore_stage()
@@ -175,10 +180,12 @@ class StagedModel:
             self.backbones.freeze()
         self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
         after = self._model.trainable_weights
+        # The loss has the regularizers of what trains, so a kept evaluation would be stale.
         changing = [*freezing.without(after, before), *freezing.without(before, after)]
         own_rate = self._optimizer is not None and not self._exactly
         switching.renew_training(
             self._model,
+            # An `optimizer` without `stages` brings its own rate, as groups of the user's do.
             None if own_rate or self._keeps_groups else self._rate_of(stage),
             head_learning_rate=stage.head_learning_rate,
             optimizer=self._optimizer,
@@ -190,13 +197,11 @@ class StagedModel:
     def go_back(self) -> None:
         """Goes to stage 0, with a new optimizer of the kind that the head had."""
         self.backbones.freeze()
-        optimizer = without_loss_scale(self._model.optimizer)
+        optimizer = self._model.optimizer
         # A user's own groups may have that name too, and are all of the head's optimizer.
-        made_groups = any(
-            one.head_learning_rate is not None or one.layerwise for one in self._stages
-        )
-        if made_groups and isinstance(optimizer, GroupOptimizer) and "head" in optimizer.groups:
-            optimizer = optimizer.groups["head"]
+        if self._makes_groups():
+            optimizer = groups_of(optimizer).get("head", optimizer)
+        optimizer = without_loss_scale(optimizer)
         switching.renew_training(self._model, optimizer=switching.renew_optimizer(optimizer))
 
     def learning_rates(self, stage: int) -> dict[str, float]:
@@ -204,33 +209,30 @@ class StagedModel:
 
         Every key from the first epoch on, or CSVLogger and History drop it.
         """
-        optimizer = without_loss_scale(self._model.optimizer)
-        rate = learning_rate_of(optimizer)
+        rate = learning_rate_of(self._model.optimizer)
         rates = {"learning_rate": rate}
-        if any(one.head_learning_rate is not None or one.layerwise for one in self._stages):
+        if self._makes_groups():
             rates["learning_rate_head"] = rate
             for number in range(1, len(self._stages) + 1):
                 rates[f"learning_rate_{self._group(number)}"] = rate if number <= stage else 0.0
-        if isinstance(optimizer, GroupOptimizer):
-            rates.update(optimizer.logs())
-        return rates
+        groups = group_optimizer(self._model.optimizer)
+        return rates if groups is None else rates | groups.logs()
 
     def group_learning_rates(self) -> dict[str, tuple[float, float]]:
         """Returns the lowest and highest learning rate in each parameter group, the head first."""
-        optimizer = without_loss_scale(self._model.optimizer)
-        if not isinstance(optimizer, GroupOptimizer):
+        groups = group_optimizer(self._model.optimizer)
+        if groups is None:
             return {}
+        # From the output, so that the head's group is first.
         weights = self._model.trainable_weights[::-1]
         rates: dict[str, list[float]] = {}
-        for weight, rate in zip(weights, optimizer.rates(weights), strict=True):
-            rates.setdefault(optimizer.group_of(weight), []).append(rate)
+        for weight, rate in zip(weights, groups.rates(weights), strict=True):
+            rates.setdefault(groups.group_of(weight), []).append(rate)
         return {group: (min(found), max(found)) for group, found in rates.items()}
 
     def optimizers(self) -> list[keras.Optimizer]:
         """Returns the optimizers of the groups, or the one that there is."""
-        optimizer = without_loss_scale(self._model.optimizer)
-        grouped = isinstance(optimizer, GroupOptimizer)
-        return [*optimizer.groups.values()] if grouped else [optimizer]
+        return list(groups_of(self._model.optimizer).values())
 
     def _check_rates(self, stage: Stage, given: Mapping[str, float]) -> None:
         """Raises a ValueError if a weight that joins in a stage has no learning rate."""
@@ -246,9 +248,15 @@ class StagedModel:
 
         Groups that a switch makes come with learning rates, for which `_check_groups` has no place.
         """
-        compiled = without_loss_scale(self._model.optimizer)
-        grouped = self._optimizer is None and isinstance(compiled, GroupOptimizer)
-        return grouped and self._leaves_rates()
+        return self._compiled_groups() is not None and self._leaves_rates()
+
+    def _compiled_groups(self) -> GroupOptimizer | None:
+        """The model's own groups, None where a switch does not keep them or there are none."""
+        return None if self._optimizer is not None else group_optimizer(self._model.optimizer)
+
+    def _makes_groups(self) -> bool:
+        """Whether a switch gives the head and what joins it groups of their own."""
+        return any(one.head_learning_rate is not None or one.layerwise for one in self._stages)
 
     def _leaves_rates(self) -> bool:
         """Whether no stage says a learning rate."""

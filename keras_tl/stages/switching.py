@@ -1,18 +1,26 @@
 """The switch: other weights train from the next step on, in a running `fit` or a loop.
 
-The recipe, in this order (`all_or_nothing` puts everything back if a step fails):
+The recipe, and why in this order. `all_or_nothing` puts everything back if a step fails, so that
+`fit` ends with the model it had: on JAX, a step after half a switch loses the model's weights.
 
-1. The best weights of the ending stage are restored, by the caller, so that an optimizer that
-   copies weights when it is built (averages, schedule-free methods) starts from them.
-2. `trainable` flags are changed, by the caller, with `freezing`.
-3. `renew_optimizer`: an optimizer only knows the variables it was built with, so a new one is made
-   from the configuration of the old one, with its own learning rate, and built at once, in the
-   scope the weights live in.
-4. `renew_training`: the model gets that optimizer, in its compile configuration too, and its train
-   step is traced anew. Losses, metrics, `stop_training` and the evaluation function (where the
-   backend allows) stay as they are.
+1. Restore the best weights of the ending stage (the caller: `BestWeights`). First, so that an
+   optimizer that copies weights when it is built (averages, schedule-free methods) copies these.
+2. Change the `trainable` flags (the caller: `freezing`, or the `FrozenBackbone`). Everything after
+   this is made for the weights that are trainable then.
+3. Make a new optimizer (`_fresh`, `_same_groups`, `_joined`): an optimizer only knows the variables
+   it was built with. It is made from the old one's configuration, with the learning rate of the new
+   stage, in the scope the weights live in (a strategy's variables cannot be made outside it).
+4. Build it at once (`_build`), and not at the first step: there it would be traced a second time,
+   and an error in it would come after the old optimizer is gone. Groups that stay take over their
+   state now, while the old optimizer still has it.
+5. Give it to the model (`install_optimizer`), in the compile configuration too, which a saved model
+   is loaded with. Not by `compile`, which would cancel `stop_training`, drop the loss's state and
+   leave no train function to the `fit` that runs.
+6. Make a new train function (`renew_functions`), last, as it is made of all of the above. `fit`
+   reads it anew at each step. Losses, metrics and `stop_training` stay as they are, and so does the
+   evaluation function where the backend allows, which spares a trace.
 
-The Keras internals that this needs are in `internals`.
+Each Keras internal that this needs is in `internals`.
 """
 
 from __future__ import annotations
@@ -45,6 +53,7 @@ from keras_tl.internals.randomness import random_state
 from keras_tl.internals.values import copy_value, on_host
 from keras_tl.optimizers import GroupOptimizer
 from keras_tl.optimizers.assignment import Assignment
+from keras_tl.optimizers.groups import group_optimizer, groups_of, newest_group
 from keras_tl.optimizers.learning_rates import (
     LayerwiseLearningRates,
     LearningRate,
@@ -93,15 +102,19 @@ def renew_optimizer(
     >>> float(keras.ops.round(optimizer.learning_rate * 1e5))
     1.0
     """
-    inner = without_loss_scale(optimizer)
-    if isinstance(inner, GroupOptimizer) and learning_rate is None:
-        new = inner.renewed({name: renew_optimizer(one) for name, one in inner.groups.items()})
+    groups = group_optimizer(optimizer)
+    if groups is not None and learning_rate is None:
+        new = _renewed_groups(groups)
     else:
-        new = _renewed(inner, learning_rate)
+        new = _renewed(without_loss_scale(optimizer), learning_rate)
     new = _loss_scaled_like(optimizer, new)
     if variables is not None:
         _build(new, variables, optimizer)
     return new
+
+
+def _renewed_groups(groups: GroupOptimizer) -> GroupOptimizer:
+    return groups.renewed({name: renew_optimizer(one) for name, one in groups.groups.items()})
 
 
 def _renewed(optimizer: keras.Optimizer, learning_rate: LearningRate | None) -> keras.Optimizer:
@@ -115,6 +128,7 @@ def _renewed(optimizer: keras.Optimizer, learning_rate: LearningRate | None) -> 
         config["learning_rate"] = check_learning_rate(learning_rate)
     new = _from_config(optimizer, config)
     copy_weight_decay_exclusions(optimizer, new)
+    # The step count of the new one starts at 0, whatever an earlier switch has shifted.
     set_first_step(new, 0)
     return new
 
@@ -140,6 +154,7 @@ def _lost_arguments(
     optimizer: keras.Optimizer, new: keras.Optimizer, config: Mapping[str, Any]
 ) -> list[str]:
     """Returns the arguments that the configuration lacks, and that are others in the new one."""
+    # Only plain settings can be compared; Keras' own optimizers write down all the others.
     lost = []
     for name in inspect.signature(type(optimizer).__init__).parameters:
         if name not in config and hasattr(optimizer, name):
@@ -178,6 +193,7 @@ def _build(new: keras.Optimizer, variables: Sequence[keras.Variable], old: keras
     new.build(list(variables))
     wrapper = keras.optimizers.LossScaleOptimizer
     if isinstance(new, wrapper) and isinstance(old, wrapper) and old.built:
+        # How many steps went well since the scale has last grown.
         copy_value(old.step_counter, new.step_counter)
 
 
@@ -220,32 +236,35 @@ def renew_training(
     >>> model.layers[0].trainable = False
     >>> renew_training(model, 1e-4)
     """
-    variables = model.trainable_variables
-    old = without_loss_scale(model.optimizer)
+    variables, old = model.trainable_variables, model.optimizer
+    groups = group_optimizer(old)
     with strategy_scope(model):
-        keeps_groups = isinstance(old, GroupOptimizer) and learning_rate is None and not optimizer
-        if keeps_groups:
-            groups = {name: renew_optimizer(one) for name, one in old.groups.items()}
-            new = _going_on(old.renewed(groups), old, variables)
+        if groups is not None and learning_rate is None and not optimizer:
+            new = _going_on(_renewed_groups(groups), groups, variables)
+            starts_anew = False
+        elif head_learning_rate is not None:
+            joining = without_loss_scale(_fresh(optimizer, old, learning_rate))
+            known = optimizer_weights(old) if trained is None else trained
+            new = _joined(
+                without_loss_scale(old),
+                head_learning_rate,
+                joining,
+                group,
+                learning_rate,
+                variables,
+                known or (),
+            )
+            starts_anew = False
         else:
             new = _fresh(optimizer, old, learning_rate)
-            if head_learning_rate is not None:
-                new = without_loss_scale(new)
-                known = optimizer_weights(old) if trained is None else trained
-                new = _joined(
-                    old, head_learning_rate, new, group, learning_rate, variables, known or ()
-                )
-            elif isinstance(learning_rate, LayerwiseLearningRates):
-                groups = {"head": renew_optimizer(new), group: new}
-                new = GroupOptimizer(
-                    groups,
-                    assign={group: learning_rate},
-                    loss_scale_factor=new.loss_scale_factor,
-                )
-        new = _loss_scaled_like(model.optimizer, new)
-        _build(new, variables, model.optimizer)
-        if head_learning_rate is None and not keeps_groups:
-            continue_averages(model.optimizer, new)
+            if isinstance(learning_rate, LayerwiseLearningRates):
+                new = _by_layers(new, group, learning_rate)
+            starts_anew = True
+        new = _loss_scaled_like(old, new)
+        _build(new, variables, old)
+        if starts_anew:
+            # Groups that stay have their averages among their state.
+            continue_averages(old, new)
     install_optimizer(model, new)
     renew_functions(model, keep_evaluation=keep_evaluation)
 
@@ -285,16 +304,15 @@ def restore_training(
 
 
 def schedule_starts(model: keras.Model) -> dict[str, int]:
-    """Returns, by parameter group, the step of its optimizer at which its schedule begins."""
-    groups = _groups_of(without_loss_scale(model.optimizer))
-    return {name: first_step_of(one) for name, one in groups.items()}
+    """Returns, by parameter group, the step of its optimizer at which its schedule starts."""
+    return {name: first_step_of(one) for name, one in groups_of(model.optimizer).items()}
 
 
 def set_schedule_starts(model: keras.Model, starts: Mapping[str, int]) -> None:
-    """Has schedules begin where `schedule_starts` said, which no optimizer's variables hold."""
+    """Has schedules start where `schedule_starts` said, which no optimizer's variables hold."""
     if starts == schedule_starts(model):
         return
-    groups = _groups_of(without_loss_scale(model.optimizer))
+    groups = groups_of(model.optimizer)
     for name, first_step in starts.items():
         set_first_step(groups[name], first_step)
     # A step that was traced already has the old start in it.
@@ -314,11 +332,22 @@ def _fresh(
         learning_rate = learning_rate.learning_rate
     if given is not None:
         return renew_optimizer(given, learning_rate)
-    newest = list(old.groups.values())[-1] if isinstance(old, GroupOptimizer) else old
+    newest = newest_group(old)
     new = renew_optimizer(newest, learning_rate)
     if learning_rate is None:
         continue_schedule(newest, new)
     return new
+
+
+def _by_layers(
+    new: keras.Optimizer, group: str, learning_rates: LayerwiseLearningRates
+) -> GroupOptimizer:
+    """Returns an optimizer that has a group for the layers with rates, and one for the rest."""
+    return GroupOptimizer(
+        {"head": renew_optimizer(new), group: new},
+        assign={group: learning_rates},
+        loss_scale_factor=new.loss_scale_factor,
+    )
 
 
 def _joined(
@@ -330,9 +359,9 @@ def _joined(
     variables: Sequence[keras.Variable],
     trained: Sequence[keras.Variable],
 ) -> GroupOptimizer:
-    """Returns an optimizer that goes on where `old` is, and takes new variables as a group."""
+    """Returns an optimizer that continues `old`, and takes new variables as a group."""
     known = {id(variable) for variable in trained}
-    before = _groups_of(old)
+    before, old_groups = groups_of(old), group_optimizer(old)
     groups = {
         name: renew_optimizer(one, head_learning_rate if name == "head" else None)
         for name, one in before.items()
@@ -344,11 +373,13 @@ def _joined(
     new = GroupOptimizer(
         {**groups, group: joining},
         assign=assign,
-        global_clipnorm=old.global_clipnorm if isinstance(old, GroupOptimizer) else None,
+        # That of one optimizer, its copy in the group "head" has.
+        global_clipnorm=None if old_groups is None else old_groups.global_clipnorm,
         loss_scale_factor=old.loss_scale_factor,
     )
     _going_on(new, old, variables)
     if "head" in before:
+        # Its step count continues, for Adam's bias correction, but its new schedule starts here.
         begin_schedule(new.groups["head"])
     return new
 
@@ -356,17 +387,13 @@ def _joined(
 def _going_on(
     new: GroupOptimizer, old: keras.Optimizer, variables: Sequence[keras.Variable]
 ) -> GroupOptimizer:
-    """Builds new groups such that they go on where `old` is."""
-    before = _groups_of(old)
-    new.build_from(variables, old if isinstance(old, GroupOptimizer) else before)
+    """Builds new groups such that they continue those of `old`."""
+    before, old_groups = groups_of(old), group_optimizer(old)
+    new.build_from(variables, before if old_groups is None else old_groups)
     for name, one in before.items():
         continue_schedule(one, new.groups[name])
     copy_value(old.iterations, new.iterations)
     return new
-
-
-def _groups_of(optimizer: keras.Optimizer) -> dict[str, keras.Optimizer]:
-    return optimizer.groups if isinstance(optimizer, GroupOptimizer) else {"head": optimizer}
 
 
 def _same_as(optimizer: keras.Optimizer, among: set[int]) -> Callable[[keras.Variable], bool]:
@@ -380,12 +407,12 @@ def all_or_nothing(model: keras.Model, weights: Iterable[keras.Variable] = ()) -
     """A context after which, if it is left by an exception, the model is as it was before.
 
     Flags, optimizer, compiled functions and the values of `weights` are put back, so that a `fit`
-    that goes on, or one started later, trains as if nothing had been tried.
+    that keeps running, or one started later, trains as if nothing had been tried.
     """
     put_back = _remember(model, weights)
     try:
         yield
-    except BaseException:
+    except BaseException:  # An interrupt by the user too.
         put_back()
         raise
 
@@ -400,7 +427,7 @@ def only_tried(model: keras.Model, *, built: bool = False) -> Iterator[None]:
 
     Args:
         model: A compiled and built model.
-        built: Bool. Whether the switch needs a built optimizer to go on from, as it would find one.
+        built: Bool. Whether the switch needs a built optimizer to start from, as it would find one.
     """
     put_back = _remember(model, ())
     restore_random_state = random_state()

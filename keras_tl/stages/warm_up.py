@@ -10,13 +10,14 @@ import numpy as np
 
 from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.internals.values import on_host
+from keras_tl.optimizers.groups import learning_rate_of
 
 
 class WarmUp:
     """Raises the learning rates of fresh optimizers linearly from zero to what they are.
 
     At the step at which an optimizer has made n updates its rate is `n / steps` of the full one. If
-    another callback sets the rate meanwhile, its word counts, and the warm-up is over.
+    another callback sets the rate meanwhile, that rate is kept, and the warm-up is over.
 
     Args:
         optimizers: List of `keras.optimizers.Optimizer`, each with a number for a learning rate.
@@ -56,12 +57,13 @@ class WarmUp:
         return {str(index): full for index, full in self._full.items() if self._was_set(index)}
 
     def set_state(self, state: Mapping[str, float]) -> None:
-        """Goes on from what `get_state` returned, with the rates that the optimizers have."""
+        """Continues from what `get_state` returned, with the rates that the optimizers have."""
         self._full = {int(index): full for index, full in state.items()}
         self._set = {index: learning_rate_of(self._optimizers[index]) for index in self._full}
 
     def _was_set(self, index: int) -> bool:
         """Whether the rate is still the one that was set here."""
+        # The optimizer holds it in `floatx`, which rounds it.
         expected = np.dtype(keras.config.floatx()).type(self._set[index])
         return learning_rate_of(self._optimizers[index]) == float(expected)
 
@@ -71,12 +73,8 @@ class WarmUp:
 
 
 def _updates(optimizer: keras.Optimizer) -> int:
+    # Not steps: with gradient accumulation, only an update uses the rate.
     return int(on_host(optimizer.iterations))
-
-
-def learning_rate_of(optimizer: keras.Optimizer) -> float:
-    """Returns the learning rate that an optimizer has now."""
-    return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
 
 
 def check_can_be_set(what: str, *rates: Any) -> None:

@@ -10,8 +10,7 @@ import keras
 from keras_tl.backbone.freezing import count_params
 from keras_tl.backbone.selecting import named_layers
 from keras_tl.internals.layers import own_state, own_trainable_weights
-from keras_tl.internals.optimizers import without_loss_scale
-from keras_tl.optimizers import GroupOptimizer
+from keras_tl.optimizers.groups import rates_of
 from keras_tl.visualization.axes import COLORS, GRAY, new_or_given
 
 
@@ -103,10 +102,7 @@ def _rates(model: keras.Model, weights: Sequence[keras.Variable]) -> list[float]
     optimizer = getattr(model, "optimizer", None)
     if optimizer is None:
         return [0.0] * len(weights)
-    optimizer = without_loss_scale(optimizer)
-    if isinstance(optimizer, GroupOptimizer):
-        return optimizer.rates(weights)
-    return [float(keras.ops.convert_to_numpy(optimizer.learning_rate))] * len(weights)
+    return rates_of(optimizer, weights)
 
 
 def _color_scale(rates: Sequence[float]) -> Any:

@@ -6,8 +6,8 @@ import pytest
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from keras_tl.backbone import freezing
-from keras_tl.backbone.backbones import Backbones
 from keras_tl.backbone.hand_frozen import frozen_by_hand
+from keras_tl.backbone.model_backbones import Backbones
 from tests import models
 
 LAYERS = keras.layers

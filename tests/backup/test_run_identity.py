@@ -16,7 +16,7 @@ from keras_tl import (
 )
 from keras_tl.backup import run_identity
 from keras_tl.backup.configurations import plain
-from keras_tl.backup.run_identity import difference, doubt
+from keras_tl.backup.run_identity import doubt, why_another_run
 from tests.conftest import regression_data
 
 X, Y = regression_data(48)
@@ -79,7 +79,7 @@ def compare(tmp_path):
             one = identity(build(**(model or {})), tmp_path, **(was or {}))
         if was is None and model is None:
             _identities["default"] = one
-        return difference(one, identity(build(**(other_model or {})), tmp_path, **(now or {})))
+        return why_another_run(one, identity(build(**(other_model or {})), tmp_path, **(now or {})))
 
     return compared
 
@@ -123,7 +123,7 @@ def test_names_that_count_up_do_not_count(tmp_path):
         names = [model.layers[0].backbone.layers[1].name]
         return identity(model, tmp_path, callback={"layers": names})
 
-    assert difference(of(build()), of(build())) is None
+    assert why_another_run(of(build()), of(build())) is None
 
 
 def test_a_model_that_was_trained_since_is_the_same_run(tmp_path):
@@ -142,7 +142,7 @@ def test_a_model_that_was_trained_since_is_the_same_run(tmp_path):
         model.fit(X, Y, callbacks=[ours, Interrupt()], **fit)
     first = json.loads(json.dumps(ours._identity))
     callback = {"max_frozen_epochs": 1, "learning_rate": 0.5}
-    assert difference(first, identity(model, tmp_path, callback)) is None
+    assert why_another_run(first, identity(model, tmp_path, callback)) is None
     # Compiled anew with another rate, it is not.
     model.compile(keras.optimizers.Adam(0.3), "mse")
     with pytest.raises(ValueError, match=r"compile.optimizer.learning_rate \(was 0.02, is 0.3\)"):
@@ -160,9 +160,9 @@ def test_a_sequential_model_that_the_first_batch_builds(tmp_path):
     unbuilt = identity(make(), tmp_path)
     built = make()
     built(X[:1])
-    assert difference(unbuilt, identity(built, tmp_path)) is None
-    assert difference(unbuilt, identity(make(inner=[keras.Input((4,))]), tmp_path)) is None
-    assert "(Dense).units (was 1, is 2)" in difference(unbuilt, identity(make(2), tmp_path))
+    assert why_another_run(unbuilt, identity(built, tmp_path)) is None
+    assert why_another_run(unbuilt, identity(make(inner=[keras.Input((4,))]), tmp_path)) is None
+    assert "(Dense).units (was 1, is 2)" in why_another_run(unbuilt, identity(make(2), tmp_path))
 
 
 class WithoutConfig(keras.Model):
@@ -183,7 +183,7 @@ def test_a_model_without_a_configuration_that_the_first_batch_builds(tmp_path):
 
     built = make()
     built(X[:1])
-    assert difference(identity(make(), tmp_path), identity(built, tmp_path)) is None
+    assert why_another_run(identity(make(), tmp_path), identity(built, tmp_path)) is None
 
 
 def test_learning_rates_of_layers_whose_names_count_up(tmp_path):
@@ -191,8 +191,8 @@ def test_learning_rates_of_layers_whose_names_count_up(tmp_path):
         rates = layerwise_learning_rates(model.layers[0], 1e-3, decay=decay)
         return identity(model, tmp_path, callback={"learning_rate": rates})
 
-    assert difference(of(build()), of(build())) is None
-    assert "learning_rate[" in difference(of(build()), of(build(), 0.25))
+    assert why_another_run(of(build()), of(build())) is None
+    assert "learning_rate[" in why_another_run(of(build()), of(build(), 0.25))
 
 
 def unseeded(monkeypatch, drawn="zeros"):
@@ -208,7 +208,7 @@ def unseeded(monkeypatch, drawn="zeros"):
 def test_vectors_drawn_at_random_are_not_what_a_backbone_has_learnt(tmp_path, monkeypatch):
     one = identity(unseeded(monkeypatch, "random_normal"), tmp_path)
     other = identity(unseeded(monkeypatch, "random_normal"), tmp_path)
-    assert difference(one, other) is None
+    assert why_another_run(one, other) is None
     assert doubt(one, other) is None
 
 
@@ -219,7 +219,7 @@ def test_another_backbone_is_doubted_where_no_seed_is_set(tmp_path, monkeypatch)
         return identity(model, tmp_path)
 
     one, other = trained(1.0), trained(2.0)
-    assert difference(one, other) is None
+    assert why_another_run(one, other) is None
     assert doubt(one, one) is None
     assert "the weights with which the backbone began" in doubt(one, other)
 
@@ -240,9 +240,9 @@ def test_a_checkpoint_that_is_loaded_if_it_exists(tmp_path, grouped):
     model.optimizer.learning_rate = 0.001  # As `ReduceLROnPlateau` does.
     model.save(tmp_path / "model.keras")
     loaded = keras.saving.load_model(tmp_path / "model.keras")
-    assert difference(fresh, identity(loaded, tmp_path / "of another")) is None
+    assert why_another_run(fresh, identity(loaded, tmp_path / "of another")) is None
     loaded.compile(keras.optimizers.RMSprop(0.02), "mse")
-    told = difference(fresh, identity(loaded, tmp_path / "of another"))
+    told = why_another_run(fresh, identity(loaded, tmp_path / "of another"))
     assert "compile.optimizer (was" in told
 
 
@@ -345,13 +345,17 @@ def test_data_that_cannot_be_seen_is_no_difference(compare):
 
 def test_another_backend_or_number_of_processes_is_named(tmp_path):
     here = identity(build(), tmp_path)
-    assert "the Keras backend (was abacus, is " in difference({**here, "backend": "abacus"}, here)
-    assert "the number of processes (was 2, is 1)" in difference({**here, "processes": 2}, here)
+    assert "the Keras backend (was abacus, is " in why_another_run(
+        {**here, "backend": "abacus"}, here
+    )
+    assert "the number of processes (was 2, is 1)" in why_another_run(
+        {**here, "processes": 2}, here
+    )
 
 
 def test_settings_that_another_version_does_not_know_do_not_count(tmp_path):
     here = identity(build(), tmp_path)
     callback = {**here["callback"], "a_setting_of_then": 1}
     older = {**here, "versions": ["3.0", "0.0"], "callback": callback}
-    assert difference(older, here) is None
-    assert "a_setting_of_then" in difference({**here, "callback": callback}, here)
+    assert why_another_run(older, here) is None
+    assert "a_setting_of_then" in why_another_run({**here, "callback": callback}, here)

@@ -10,7 +10,7 @@ import time
 import keras
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
-from keras_tl.backbone.backbones import changeable_weights
+from keras_tl.backbone.changeable import changeable_weights
 from keras_tl.stages.best_weights import Snapshot
 from tests.benchmarks.timing import (
     BATCH,

@@ -95,8 +95,17 @@ def test_trainable_argument_unfreezes_all(base):
     assert "norm/gamma" in paths(FrozenBackbone(base, trainable=True))
 
 
-@pytest.mark.parametrize("inference_mode", ["always", "batchnorm"])
-@pytest.mark.parametrize("how", ["unfreeze", "trainable", "inner"])
+@pytest.mark.parametrize(
+    ("how", "inference_mode"),
+    [
+        ("unfreeze", "always"),
+        ("trainable", "batchnorm"),
+        ("inner", "always"),
+        pytest.param("unfreeze", "batchnorm", marks=pytest.mark.slow),
+        pytest.param("trainable", "always", marks=pytest.mark.slow),
+        pytest.param("inner", "batchnorm", marks=pytest.mark.slow),
+    ],
+)
 def test_statistics_are_constant_while_gamma_trains(base, inference_mode, how):
     wrapper = FrozenBackbone(base, inference_mode=inference_mode)
     if how == "unfreeze":

@@ -84,8 +84,17 @@ TRAINERS = {
 }
 
 
-@pytest.mark.parametrize("kind", TRAINERS)
-@pytest.mark.parametrize("metrics", [None, ["mae"]], ids=["loss", "metrics"])
+@pytest.mark.parametrize(
+    ("kind", "metrics"),
+    [
+        ("functional", ["mae"]),
+        ("inner", None),
+        ("subclassed", ["mae"]),
+        pytest.param("functional", None, marks=pytest.mark.slow),
+        pytest.param("inner", ["mae"], marks=pytest.mark.slow),
+        pytest.param("subclassed", None, marks=pytest.mark.slow),
+    ],
+)
 def test_a_compiled_backbone_keeps_its_loss_and_metrics_to_itself(tmp_path, kind, metrics):
     x, y = regression_data()
 
@@ -184,6 +193,7 @@ def test_gradients_are_those_of_the_plain_backbone(unfreeze):
     assert all(np.abs(one).max() > 0 for one in found)
 
 
+@pytest.mark.eager
 def test_a_layer_before_a_frozen_backbone_trains_as_before_a_plain_one():
     x, y = regression_data()
 
@@ -203,6 +213,7 @@ def test_a_layer_before_a_frozen_backbone_trains_as_before_a_plain_one():
     assert trained(wrap=True) == trained(wrap=False)
 
 
+@pytest.mark.eager
 def test_fine_tune_trains_a_layer_before_the_backbone():
     inputs = keras.Input((models.FEATURES,))
     adapter = keras.layers.Dense(models.FEATURES)
@@ -378,8 +389,16 @@ def test_call_arguments_are_passed_on(kind):
     assert symbolic.shape[1:] == expected.shape[1:]
 
 
-@pytest.mark.parametrize("kind", CALLS)
-@pytest.mark.parametrize("unfreeze", [False, True])
+@pytest.mark.eager
+@pytest.mark.parametrize(
+    ("kind", "unfreeze"),
+    [
+        # Each kind once in the ordinary run, half of them frozen and half of them not.
+        pytest.param(kind, unfreeze, marks=[pytest.mark.slow] if unfreeze != (i % 2 == 0) else [])
+        for i, kind in enumerate(CALLS)
+        for unfreeze in (False, True)
+    ],
+)
 @pytest.mark.filterwarnings("ignore:Model 'encoder.*' had a build config")
 def test_a_model_with_call_arguments_trains_and_loads(tmp_path, kind, unfreeze):
     make, call = CALLS[kind]
@@ -421,6 +440,7 @@ class EncoderOuter(keras.Model):
         return cls(backbone, **config)
 
 
+@pytest.mark.eager
 @pytest.mark.filterwarnings("ignore:Model 'encoder.*' had a build config")
 def test_a_subclassed_model_of_an_encoder_loads_in_its_stage(tmp_path):
     x, y = regression_data()
@@ -434,6 +454,7 @@ def test_a_subclassed_model_of_an_encoder_loads_in_its_stage(tmp_path):
     assert len(loaded.trainable_weights) == 4
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("kind", ["keyword", "mask"])
 def test_the_outputs_of_a_backbone_with_call_arguments_are_recorded(kind):
     make, call = CALLS[kind]

@@ -99,13 +99,14 @@ def fit(model, epochs=2):
 @pytest.mark.parametrize(
     "arguments",
     [
-        {"run_eagerly": True},
+        # torch compiles nothing unless it is told to: there this is the model as it is compiled.
+        pytest.param({}, marks=slow_on("tensorflow", "jax")),
         pytest.param({"jit_compile": True}, marks=slow_on("torch")),
-        pytest.param({"steps_per_execution": 4}, marks=SEVERAL_STEPS),
+        pytest.param({"steps_per_execution": 4}, marks=[SEVERAL_STEPS, pytest.mark.slow]),
     ],
 )
 def test_in_fit_as_in_a_loop(arguments):
-    model, plain = build(**arguments), build()
+    model, plain = build(**arguments), build(run_eagerly=True)
     fit(model)
     fit(plain)
     for one, other in zip(model.weights, plain.weights, strict=True):
@@ -113,6 +114,7 @@ def test_in_fit_as_in_a_loop(arguments):
     assert float(model.optimizer.groups["backbone"].learning_rate) == np.float32(1e-3)
 
 
+@pytest.mark.eager
 def test_a_saved_model_goes_on_as_if_it_had_not_been_saved(tmp_path):
     model = build()
     fit(model)

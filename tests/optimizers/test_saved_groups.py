@@ -9,6 +9,9 @@ from keras_tl import FrozenBackbone, GroupOptimizer, UnfreezeAtConvergence
 from tests import models
 from tests.conftest import regression_data, values_of
 
+# What is compiled is not the point: which group a variable is in, is.
+pytestmark = pytest.mark.eager
+
 X, Y = regression_data(8)
 
 
@@ -71,7 +74,9 @@ def test_saved_before_it_is_built(tmp_path, assign):
     assert groups(loaded) == groups(model) == ["rest", "rest", "output", "output"]
 
 
-@pytest.mark.parametrize("assign", ["layer", "flags", "function"])
+@pytest.mark.parametrize(
+    "assign", ["layer", "function", pytest.param("flags", marks=pytest.mark.slow)]
+)
 def test_saved_while_the_backbone_is_frozen(tmp_path, assign):
     """What joins after loading joins the group that it would have joined."""
     model = build(frozen=True, assign=assign)

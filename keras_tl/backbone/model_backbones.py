@@ -13,14 +13,12 @@ from keras_tl.backbone.hand_frozen import NOTHING, HandFrozen, hand_frozen_weigh
 from keras_tl.backbone.selecting import (
     Backbone,
     Selection,
-    batchnorm_layers,
     describe,
     flatten_layers,
     is_built,
     layer_units,
     named_layers,
 )
-from keras_tl.internals.graphs import called_in_inference_mode
 from keras_tl.internals.models import functions_kept
 from keras_tl.layers import FrozenBackbone
 
@@ -56,7 +54,7 @@ class Backbones:
             )
         self.wrapped = [layer for layer in given if isinstance(layer, FrozenBackbone)]
         self.plain = [layer for layer in given if not isinstance(layer, FrozenBackbone)]
-        # Of whole layers that are frozen nothing is told: what else would there be to unfreeze?
+        # A whole layer that is frozen says nothing: in a plain backbone that is how stage 0 looks.
         self._hand_frozen = HandFrozen(weights=hand_frozen_weights(self.plain))
 
     @property
@@ -213,27 +211,6 @@ def names_of_layers(backbone: BackboneOf | None) -> Any:
     if isinstance(backbone, (list, tuple)):
         return [names_of_layers(one) for one in backbone]
     return backbone
-
-
-def changeable_weights(model: keras.Model) -> list[keras.Variable]:
-    """Returns the weights that training can change as the flags stand now.
-
-    Statistics in a `FrozenBackbone` are not among them, even where BatchNormalization trains.
-    """
-    constant = [layer for wrapper in _wrappers(model) for layer in batchnorm_layers(wrapper)]
-    return freezing.changeable_weights(model, inference_only=constant)
-
-
-def constant_weights(model: keras.Model) -> list[keras.Variable]:
-    """Returns the weights that training must not change as the flags stand now.
-
-    Besides frozen weights, the moving statistics in every `FrozenBackbone` and in every layer that
-    a Functional model calls with `training=False`, which `fit` overrides up to Keras 3.15.
-    """
-    layers = flatten_layers(model)
-    called = [held for layer in layers for held in called_in_inference_mode(layer)]
-    constant = batchnorm_layers([*_wrappers(model), *called])
-    return freezing.constant_weights(model, inference_only=constant)
 
 
 def _wrappers(model: keras.Model) -> list[keras.Layer]:

@@ -9,7 +9,7 @@ from keras_tl import (
     find_learning_rate,
     fine_tune,
 )
-from keras_tl.backbone.backbones import Backbones
+from keras_tl.backbone.model_backbones import Backbones
 from tests.conftest import regression_data
 
 X, Y = regression_data()
@@ -68,6 +68,7 @@ def test_refuses_anything_else(backbone):
         Backbones(build()[0], backbone)
 
 
+@pytest.mark.eager
 def test_names_serve_wherever_a_backbone_is_taken():
     model, base = build()
     base.trainable = False
