@@ -19,12 +19,12 @@ def positions_of_batches(parts: Sequence[Sequence[Shard]]) -> list[np.ndarray]:
         parts: The shards of each part. Batch j of the data is in part j modulo their number.
     """
     batches: list[list[np.ndarray]] = []
-    begin = 0
+    start = 0
     for shards in parts:
         batches.append([])
         for count in (count for shard in shards for count in shard.samples.batches):
-            batches[-1].append(np.arange(begin, begin + count))
-            begin += count
+            batches[-1].append(np.arange(start, start + count))
+            start += count
     longest = max(map(len, batches), default=0)
     return [part[i] for i in range(longest) for part in batches if i < len(part)]
 

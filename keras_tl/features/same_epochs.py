@@ -25,8 +25,8 @@ def check_training_data(
 ) -> None:
     """Raises an UncacheableError if an epoch may read other samples than the one before.
 
-    With `steps_per_epoch`, `fit` goes on in the data from epoch to epoch: only if an epoch is one
-    whole pass does each read the same.
+    With `steps_per_epoch`, `fit` continues in the data from epoch to epoch: epochs read the same
+    samples only if each is one whole pass.
 
     Args:
         x: Whatever `fit` takes.
@@ -58,7 +58,7 @@ def check_training_data(
 def check_validation_data(data: Any, *, steps: int | None) -> None:
     """Raises an UncacheableError if a validation may read other samples than the one before.
 
-    Each validation begins at the start of the data, except of a generator.
+    Each validation starts at the start of the data, except that of a generator.
 
     Args:
         data: `validation_data` of `fit`, or None.

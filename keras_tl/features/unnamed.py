@@ -10,12 +10,12 @@ import itertools
 import pathlib
 from typing import Any
 
+from keras_tl.features.disk_store import DiskStore
 from keras_tl.features.identity import differences
 from keras_tl.features.manifest import Manifest
 from keras_tl.features.parts import difference
 from keras_tl.features.sealed import BROKEN
 from keras_tl.features.source import Samples, Source
-from keras_tl.features.store import DiskStore
 from keras_tl.messages import say
 
 _Part = tuple[int, int]
@@ -118,9 +118,9 @@ def _recorded(store: DiskStore, shard: _Part | None) -> list[list[Samples]] | No
 def _interrupted(
     stores: dict[str, DiskStore], identity: dict[str, Any], source: Source
 ) -> str | None:
-    """Returns the folder in which data that is another each time is recorded, up to some shard.
+    """Returns the folder of an interrupted recording of data that changes on every read.
 
-    Its own inputs do not tell. In another order, it cannot go on there, and is told so: a new
+    Its inputs cannot identify it. Data in a new order cannot continue there, and raises: a new
     folder each time would never be finished.
     """
     if identity["views"] is not None:

@@ -7,34 +7,22 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
-from keras_tl.features import extraction
+from keras_tl import FeatureCache, StaleCacheError
 from tests import models
 from tests.conftest import regression_data
+from tests.features.conftest import contents
+
+pytestmark = [pytest.mark.eager, pytest.mark.usefixtures("small_shards")]
 
 X, Y = regression_data(12)
 HELD_OUT = X[:8] + 1, Y[:8]
 
 
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch):
-    monkeypatch.setattr(extraction, "SHARD_BATCHES", 2)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.functional_outer(FrozenBackbone(models.functional(["dense"])))
-
-
 def cache_of(model, folder):
     cache = FeatureCache(model, cache_dir=folder)
-    return lambda x, y=None, **settings: _contents(
+    return lambda x, y=None, **settings: contents(
         cache(x, y, **{"batch_size": 2, "shuffle": False, "verbose": 0, **settings})
     )
-
-
-def _contents(dataset):
-    return [part.numpy().tobytes() for batch in dataset for part in batch]
 
 
 def arrays(x, y):
@@ -45,8 +33,15 @@ def shuffled(x, y):
     return (tf.data.Dataset.from_tensor_slices((x, y)).shuffle(12).batch(2),)
 
 
-@pytest.mark.parametrize("kind", [arrays, shuffled])
-@pytest.mark.parametrize("check_data", [True, False])
+@pytest.mark.parametrize(
+    "kind, check_data",
+    [
+        (arrays, False),
+        (shuffled, True),
+        pytest.param(arrays, True, marks=pytest.mark.slow),
+        pytest.param(shuffled, False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_order_of_calls_does_not_matter(kind, check_data, model, tmp_path, batches_extracted):
     size = {} if kind is arrays else {"batch_size": None}
     train, held_out = kind(X, Y), kind(*HELD_OUT)
