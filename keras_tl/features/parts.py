@@ -11,7 +11,7 @@ from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel, UncacheableError
 from keras_tl.features.store import Shard, ShardName, Store
 
-# However many parts a file says that there are.
+# How many missing parts a message names: a file may claim that there are millions.
 _PARTS_SHOWN = 8
 
 
@@ -52,7 +52,7 @@ class Parts:
             ValueError: If a part is missing.
         """
         if check_data:
-            self._check_same_backbone()  # Before an extraction that was interrupted goes on.
+            self._check_same_backbone()  # Before an interrupted extraction continues.
         count = self._count_to_join() if shard is None else shard[1]
         wanted = [*range(count)] if shard is None else [shard[0]]
         there = {part: self._recorded(part, count) for part in wanted}
@@ -124,7 +124,7 @@ class Parts:
         """Raises an UncacheableError if the data is not the same when it is read again."""
         index, count = now
         if count == 1 and parts[0][0]:
-            # In the order of recording, a look at the first shard is enough.
+            # Data that changes shows it at once: the first shard, read in order, is enough.
             first = parts[0][0][0].samples
             if self._source.samples(*now, batches=len(first.batches)) == first:
                 return
@@ -144,7 +144,7 @@ class Parts:
 def difference(passes: Sequence[Samples], now: Samples) -> str | None:
     """Says what differs between data as it was recorded in some passes, and now."""
     first, *others = passes
-    # What was another in each pass can be none of them now.
+    # What changed from pass to pass cannot be compared with what is read now.
     return first.difference(
         now,
         inputs=all(one.inputs == first.inputs for one in others),

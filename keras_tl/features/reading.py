@@ -57,13 +57,13 @@ def dataset_of(
         whole, rest = divmod(len(in_order), size)
         sizes = [size] * whole + ([rest] if rest else [])
     ends = np.cumsum([0, *sizes])
-    # As `fit` does, so that `keras.utils.set_random_seed` decides it.
+    # From NumPy's global generator, as in `fit`: `keras.utils.set_random_seed` decides it.
     generator = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
 
     dtypes = [tf.as_dtype(dtype) for _, dtype in reader.records.layout]
 
     def epoch() -> Iterator[np.ndarray]:
-        """The order of an epoch, and what comes after it: at its end, or when it is given up."""
+        """Yields the order of an epoch; closes the files at its end, or when it is abandoned."""
         order = generator.permutation(in_order) if shuffle else in_order
         if views > 1:
             order = order + len(order) * generator.integers(views, size=len(order))

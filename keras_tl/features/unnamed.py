@@ -48,7 +48,7 @@ def folder_for(
     stores = _stores(root, identity)
     same = [name for name, (store, is_same) in stores.items() if is_same and store.first_samples()]
     if not source.repeatable:
-        # It would be used up: it is known by what it was recorded with, or by the order of calls.
+        # Reading would use it up: it is known by what it was recorded with, or the order of calls.
         free = [name for name in same if name not in taken]
         numbers = (str(n) for n in itertools.count() if str(n) not in taken)
         return (free[0] if len(free) == 1 else next(numbers)), None

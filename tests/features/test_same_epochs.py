@@ -58,7 +58,7 @@ def test_epochs_that_are_whole_passes_are_the_same(data, steps):
         ((repeated(),), 4, "has no known length"),
         ((X, Y), 2, "With `steps_per_epoch=2`.*has 3 batches. Pass `steps_per_epoch=3`"),
         ((Numbered(),), 2, "has 3 batches"),
-        ((generator(),), 2, "goes on in a generator"),
+        ((generator(),), 2, "continues in a generator"),
         ((Changing(),), None, "has its own on_epoch_end"),
         ((Endless(),), 3, "a Endless without an end"),
     ],
@@ -71,7 +71,7 @@ def test_epochs_that_may_differ_name_the_argument(data, steps, why):
 def test_validation_data_begins_anew_except_in_a_generator():
     for data in (None, repeated(), (X, Y), Numbered()):
         check_validation_data(data, steps=2)
-    with pytest.raises(UncacheableError, match="Validation with `validation_steps=2` goes on"):
+    with pytest.raises(UncacheableError, match="Validation with `validation_steps=2` continues"):
         check_validation_data(generator(), steps=2)
     with pytest.raises(UncacheableError, match="has its own on_epoch_end"):
         check_validation_data(Changing(), steps=2)
