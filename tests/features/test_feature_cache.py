@@ -63,7 +63,7 @@ KINDS = {
     [
         ("arrays", False),
         ("tf.data", True),
-        ("PyDataset", False),
+        ("PyDataset", True),
         ("generator", True),
         *(
             pytest.param(kind, on_disk, marks=pytest.mark.slow)
@@ -232,7 +232,7 @@ def test_a_plain_backbone():
     assert as_bytes(base.weights) == before
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_half_the_size_on_disk(dtype, model, features_of_x, tmp_path):
     def size(folder):
         return sum(path.stat().st_size for path in folder.rglob("*shard*"))

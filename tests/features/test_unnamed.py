@@ -126,8 +126,15 @@ def interrupt(folder):
             path.unlink()
 
 
-@pytest.mark.parametrize("name", [None, "named"])
-@pytest.mark.parametrize("targets", [True, False])
+@pytest.mark.parametrize(
+    "name, targets",
+    [
+        (None, True),
+        pytest.param("named", True, marks=pytest.mark.slow),
+        ("named", False),
+        pytest.param(None, False, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_views_of_augmented_data_go_on(
     name, targets, model, tmp_path, batches_extracted
 ):
@@ -158,7 +165,7 @@ def test_an_interrupted_extraction_of_shuffled_data_is_an_error_not_a_folder(mod
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("on_disk", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_batches_without_samples_and_fields_without_numbers(on_disk, model, tmp_path):
     def batches():
         for begin, end in [(0, 2), (2, 2), (2, 6)]:
@@ -213,7 +220,7 @@ def test_a_folder_is_the_same_after_a_change_of_directory(
     assert np.frombuffer(features[0], "float32").shape == (8,)
 
 
-@pytest.mark.parametrize("check_data", [True, False])
+@pytest.mark.parametrize("check_data", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_same_data_for_fit_and_for_evaluate_has_a_folder_for_each(check_data, model, tmp_path):
     for _ in range(2):
         cache = cache_of(model, tmp_path)
