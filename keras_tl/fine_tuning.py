@@ -49,19 +49,19 @@ def fine_tune(
 ) -> keras.callbacks.History:
     """Trains the head to convergence on recorded features, then fine-tunes the whole model.
 
-    The frozen backbone runs once over the data (`FeatureCache`), and the head trains on what it
-    returned until it has converged. Then the best weights of the head are restored, the backbone is
-    unfrozen and fine-tuning goes on from the data itself with the low learning rate until it stops
-    helping (`UnfreezeAtConvergence`), with proof that what is frozen stays so (`FreezeGuard`). The
-    best weights of both stages are what remains. Without recorded features it is what
-    `model.fit(..., callbacks=[UnfreezeAtConvergence(...), FreezeGuard()])` does.
+    The frozen backbone runs once over the data (`FeatureCache`), and the head trains on the
+    recorded outputs until it has converged. Then the best weights of the head are restored, the
+    backbone is unfrozen, and the whole model trains on the data itself at the low learning rate
+    until that stops helping (`UnfreezeAtConvergence`). `FreezeGuard` proves that what is frozen
+    stays so. The model ends with the best weights of both stages. Without recorded features this is
+    `model.fit(..., callbacks=[UnfreezeAtConvergence(...), FreezeGuard()])`.
 
-    Where features cannot be recorded, the head trains through the backbone, and it is said why: if
-    there are random layers before the backbone's outputs; if an epoch may read other data than the
-    one before, as after augmentation, from a generator, or if `steps_per_epoch` is not one pass
-    over the data; if the model is subclassed, or gives something else for a batch than its layers
-    do, as one that prepares data in a `fit` of its own. A model whose backbone is
-    trainable already, such as one saved while it was fine-tuned, goes on fine-tuning.
+    Where features cannot be recorded, the head trains through the backbone, and a message says why:
+    random layers come before the backbone's outputs; an epoch may read other data than the one
+    before (augmented data, a generator, or `steps_per_epoch` that is not one pass over the data);
+    the model is subclassed; or it does more with a batch than call its layers, such as preparing
+    data in its own `fit`. A model whose backbone is trainable already, such as one saved while it
+    was fine-tuned, continues fine-tuning.
 
     Args:
         model: A compiled model with a frozen backbone.
@@ -74,7 +74,7 @@ def fine_tune(
         validation_split: Float between 0 and 1. The fraction of arrays to hold out as validation
             data: the last part, taken before shuffling, as in `fit`. Without effect where there is
             `validation_data`. Defaults to `0.0`.
-        epochs: Int. How many epochs there are at the most, of both stages. Defaults to `100`.
+        epochs: Int. The maximum number of epochs, of both stages. Defaults to `100`.
         learning_rate: The learning rate of fine-tuning: a float, `LearningRateSchedule` or
             callable; or a dictionary from names of layers to floats, such as
             `layerwise_learning_rates` returns. Defaults to `1e-5`.
@@ -92,13 +92,13 @@ def fine_tune(
         dtype: `"float16"` or `"bfloat16"`. The dtype to keep features in. Defaults to `None`: their
             own.
         batch_size: Int. Samples in a batch of arrays. Defaults to `None`: 32.
-        steps_per_epoch: Int. Batches in an epoch, after which the next one goes on in the data.
+        steps_per_epoch: Int. Batches in an epoch; the next epoch continues in the data.
         validation_steps: Int. Batches that are validated on, always from the start of the data.
         shuffle: Bool. Whether each epoch is in a random order. The orders of a `tf.data.Dataset`
             or a generator are its own in fine-tuning. Defaults to `True`.
         class_weight: Dictionary from class indices to floats, as in `fit`.
-        callbacks: A callback or a list of them. To them it is one `fit` of `model`. A `FreezeGuard`
-            among them takes the place of the one that is added otherwise, behind all others.
+        callbacks: A callback or a list of callbacks, which see one `fit` of `model`. A
+            `FreezeGuard` among them replaces the one that is added otherwise, after all others.
         verbose: `"auto"`, 0, 1, or 2, as in `fit`.
         **unfreezing: Further arguments of `UnfreezeAtConvergence`, such as `layers`, `stages`,
             `max_frozen_epochs`, `head_learning_rate` or `warmup_steps`.
@@ -128,26 +128,16 @@ def fine_tune(
     - Kumar et al., 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
       Out-of-Distribution"
     """
-    if not model.compiled:
-        raise ValueError(
-            f'The model "{model.name}" is not compiled. Call `compile` before `fine_tune`.'
-        )
-    check_count("epochs", epochs, at_least=1)
+    _check_arguments(
+        model,
+        x,
+        epochs=epochs,
+        batch_size=batch_size,
+        steps_per_epoch=steps_per_epoch,
+        validation_steps=validation_steps,
+    )
     # A callback may change the working directory.
     cache_dir = None if cache_dir is None else os.path.abspath(cache_dir)
-    for argument, value in (
-        ("batch_size", batch_size),
-        ("steps_per_epoch", steps_per_epoch),
-        ("validation_steps", validation_steps),
-    ):
-        if value is not None:
-            check_count(argument, value, at_least=1)
-    if steps_per_epoch is None and never_ends(x):
-        what = "A generator" if inspect.isgenerator(x) else f"A {type(x).__name__} without an end"
-        raise ValueError(
-            f"{what} needs `steps_per_epoch`: it is read in several epochs, and must not end. "
-            "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset` that has a length."
-        )
     if validation_split and validation_data is None:
         (x, y, sample_weight), validation_data = split_off_validation(
             x, y, sample_weight, validation_split
@@ -162,50 +152,27 @@ def fine_tune(
         verbose=says,
         **unfreezing,
     )
-    given = keras.tree.flatten(callbacks) if callbacks else []
-    others = [one for one in given if not isinstance(one, FreezeGuard)]
-    guards = [one for one in given if isinstance(one, FreezeGuard)] or [FreezeGuard(verbose=says)]
-    fits = JointFits(
-        [*others, switch, *guards],  # A guard follows a switch from the place behind it.
-        model,
-        epochs=epochs,
-        verbose=verbose,
-    )
+    fits = JointFits(_in_order(callbacks, switch, says), model, epochs=epochs, verbose=verbose)
     fits.begin(x, y, sample_weight, validation_data=validation_data, class_weight=class_weight)
     steps = None
     if switch.stage == 0 and not switch.decided:
+        # What a recording that is given up has drawn must not change the training after it.
         put_back_random_state = random_state()
         try:
-            check_training_data(
-                x,
-                y,
-                sample_weight,
+            head, features, held_out = _recorded(
+                model,
+                (x, y, sample_weight),
+                validation_data,
+                backbone=backbone,
+                cache_dir=cache_dir,
                 batch_size=batch_size,
                 steps=steps_per_epoch,
-                random=views is not None,
-            )
-            check_validation_data(validation_data, steps=validation_steps)
-            cache = FeatureCache(model, backbone=backbone, cache_dir=cache_dir)
-            record = functools.partial(cache, batch_size=batch_size, dtype=dtype, verbose=says)
-            features = record(
-                x,
-                y,
-                sample_weight,
-                steps=steps_per_epoch,
+                validation_steps=validation_steps,
                 shuffle=shuffle,
                 views=views,
-                name="training",
+                dtype=dtype,
+                verbose=says,
             )
-            validation = validation_data
-            if validation is not None:
-                held_out = validation if isinstance(validation, (tuple, list)) else (validation,)
-                validation = record(
-                    *held_out,
-                    steps=validation_steps,
-                    shuffle=False,
-                    training=False,
-                    name="validation",
-                )
         except UncacheableError as error:
             put_back_random_state()
             if says:
@@ -213,14 +180,15 @@ def fine_tune(
         else:
             steps = int(features.cardinality())
             fits.fit(
-                cache.head,
+                head,
                 features,
                 steps=steps,
                 shuffle=False,  # The features are.
                 until=lambda: switch.decided,
-                validation_data=validation,
+                validation_data=held_out,
                 class_weight=class_weight,
             )
+    # All that is left: fine-tuning, and the frozen stage too if nothing was recorded.
     fits.fit(
         model,
         x,
@@ -236,3 +204,68 @@ def fine_tune(
     )
     fits.end()
     return fits.history
+
+
+def _check_arguments(model: keras.Model, x: Any, *, epochs: int, **counts: int | None) -> None:
+    """Raises a ValueError for what would fail only after some training."""
+    if not model.compiled:
+        raise ValueError(
+            f'The model "{model.name}" is not compiled. Call `compile` before `fine_tune`.'
+        )
+    check_count("epochs", epochs, at_least=1)
+    for argument, value in counts.items():
+        if value is not None:
+            check_count(argument, value, at_least=1)
+    if counts["steps_per_epoch"] is None and never_ends(x):
+        what = "A generator" if inspect.isgenerator(x) else f"A {type(x).__name__} without an end"
+        raise ValueError(
+            f"{what} needs `steps_per_epoch`: it is read in several epochs, and must not end. "
+            "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset` that has a length."
+        )
+
+
+def _in_order(
+    callbacks: Any, switch: UnfreezeAtConvergence, verbose: Any
+) -> list[keras.callbacks.Callback]:
+    """Returns the user's callbacks, then the switch, then a guard: it follows from behind it."""
+    given = keras.tree.flatten(callbacks) if callbacks else []
+    others = [one for one in given if not isinstance(one, FreezeGuard)]
+    guards = [one for one in given if isinstance(one, FreezeGuard)]
+    return [*others, switch, *(guards or [FreezeGuard(verbose=verbose)])]
+
+
+def _recorded(
+    model: keras.Model,
+    data: tuple[Any, Any, Any],
+    validation_data: Any,
+    *,
+    backbone: BackboneOf | None,
+    cache_dir: str | None,
+    batch_size: int | None,
+    steps: int | None,
+    validation_steps: int | None,
+    shuffle: bool,
+    views: int | None,
+    dtype: str | None,
+    verbose: Any,
+) -> tuple[keras.Model, Any, Any]:
+    """Returns the head, and features of the training and of the validation data.
+
+    Raises:
+        UncacheableError: If there are none that stand for every epoch.
+    """
+    random = views is not None
+    check_training_data(*data, batch_size=batch_size, steps=steps, random=random)
+    check_validation_data(validation_data, steps=validation_steps)
+    cache = FeatureCache(model, backbone=backbone, cache_dir=cache_dir)
+    record = functools.partial(cache, batch_size=batch_size, dtype=dtype, verbose=verbose)
+    features = record(*data, steps=steps, shuffle=shuffle, views=views, name="training")
+    if validation_data is None:
+        return cache.head, features, None
+    several = isinstance(validation_data, (tuple, list))
+    held_out = validation_data if several else (validation_data,)
+    # In the order of the data and without what is random, as `evaluate` reads it.
+    validation = record(
+        *held_out, steps=validation_steps, shuffle=False, training=False, name="validation"
+    )
+    return cache.head, features, validation

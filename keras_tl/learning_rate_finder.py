@@ -190,13 +190,13 @@ class LearningRateRange:
         return f"{len(self.losses)} learning rates tried; suggestions: {shown}."
 
 
-# At the lowest rates nothing moves: how the losses of batches lie there is noise.
+# At the lowest rates nothing trains: the spread of these first losses is the noise of batches.
 _FIRST = 10
-# The last losses before the end are of a model that diverges.
+# The last losses before the end come from a model that diverges.
 _LAST = 5
-# By how many standard errors the loss must fall for that to be no noise.
+# A fall of fewer standard errors than this may be noise.
 _SURE = 5
-# So far below the rate from which on the loss rises is the one to train at.
+# The suggested rate is the one at which the loss starts to rise, divided by this.
 _BELOW = 2
 _SMOOTHING = 0.98
 
@@ -218,7 +218,7 @@ class _RangeTest(keras.callbacks.Callback):
         self.smoothed: list[float] = []
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
-        # The logs have the mean of all steps since the last reset.
+        # Keras logs the mean over all steps since the last reset, not the loss of the step.
         self.model.reset_metrics()
         self.model.optimizer.learning_rate = self._planned[len(self.losses)]
 

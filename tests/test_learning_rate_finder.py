@@ -66,6 +66,7 @@ def find(model, x=X, y=Y, **arguments):
     )
 
 
+@pytest.mark.eager
 @given(
     layers=st.sampled_from([None, "all", 1]),
     train_batchnorm=st.booleans(),
@@ -99,14 +100,40 @@ def test_leaves_the_model_as_found(fitted, layers, train_batchnorm, fault, batch
     assert state_of(model) == before
 
 
-@given(
-    backbone=strategies.backbone_makers(),
-    optimizer=strategies.optimizers(),
-    outer=strategies.outer_models,
-    layers=st.sampled_from([None, "all"]),
-)
+ANY = {
+    "backbone": strategies.backbone_makers(),
+    "optimizer": strategies.optimizers(),
+    "outer": strategies.outer_models,
+    "layers": st.sampled_from([None, "all"]),
+}
+
+
+@pytest.mark.eager
+@given(**ANY)
 @settings(max_examples=examples(6))
 def test_a_fit_after_it_is_as_without_it(backbone, optimizer, outer, layers):
+    check_fit_after_it(backbone, optimizer, outer, layers)
+
+
+@pytest.mark.slow
+@given(**ANY)
+@settings(max_examples=examples(6))
+def test_a_fit_after_it_is_as_without_it_where_steps_are_compiled(
+    backbone, optimizer, outer, layers
+):
+    check_fit_after_it(backbone, optimizer, outer, layers)
+
+
+def test_a_compiled_step_after_it_is_as_without_it():
+    check_fit_after_it(
+        lambda: models.functional(["dense", "batchnorm"]),
+        keras.optimizers.Adam(0.01),
+        models.functional_outer,
+        "all",
+    )
+
+
+def check_fit_after_it(backbone, optimizer, outer, layers):
     config = keras.optimizers.serialize(optimizer)
     results = []
     for searched in (False, True):
@@ -121,6 +148,7 @@ def test_a_fit_after_it_is_as_without_it(backbone, optimizer, outer, layers):
     assert results[0] == results[1]
 
 
+@pytest.mark.eager
 def test_leaves_arrays_and_the_order_of_a_pydataset_as_found(fitted):
     class Shuffling(keras.utils.PyDataset):
         def __init__(self):
@@ -144,12 +172,14 @@ def test_leaves_arrays_and_the_order_of_a_pydataset_as_found(fitted):
     assert (X.tobytes(), Y.tobytes()) == before
 
 
+@pytest.mark.eager
 def test_tries_rising_rates_each_on_a_batch(fitted):
     found = find(fitted[0], min_learning_rate=1e-6, max_learning_rate=1e-1, steps=20)
     assert len(found.learning_rates) == len(found.losses) == len(found.smoothed_losses) == 20
     np.testing.assert_allclose(found.learning_rates, np.geomspace(1e-6, 1e-1, 20))
 
 
+@pytest.mark.eager
 def test_the_loss_is_that_of_each_step():
     # At a rate that moves nothing, the losses are those of the batches, which differ.
     keras.utils.set_random_seed(0)
@@ -163,6 +193,7 @@ def test_the_loss_is_that_of_each_step():
     np.testing.assert_allclose(found.losses, expected, rtol=1e-5)
 
 
+@pytest.mark.eager
 def test_smoothing_is_an_average_without_bias():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
@@ -174,6 +205,7 @@ def test_smoothing_is_an_average_without_bias():
         np.testing.assert_allclose(found.smoothed_losses[count - 1], expected, rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_ends_when_the_loss_diverges():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])
@@ -185,6 +217,7 @@ def test_ends_when_the_loss_diverges():
     assert 1e-4 < found.suggestion < 10
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize(("unfrozen", "layers", "count"), [(False, "all", 4), (True, 1, 2)])
 def test_just_the_layers_of_a_stage_train(unfrozen, layers, count):
     model, wrapper = build()
@@ -204,6 +237,7 @@ def test_just_the_layers_of_a_stage_train(unfrozen, layers, count):
     assert [weight.trainable for weight in model.weights] == before
 
 
+@pytest.mark.eager
 def test_loss_scale_of_mixed_precision_is_left_as_found():
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -216,6 +250,7 @@ def test_loss_scale_of_mixed_precision_is_left_as_found():
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.eager
 def test_groups_keep_their_ratio():
     wrapper = FrozenBackbone(models.functional(["dense"]))
     wrapper.unfreeze()
@@ -329,6 +364,7 @@ def test_a_loss_that_falls_and_rises_has_its_valley():
     assert rates[40] < found.suggestion < rates[70]
 
 
+@pytest.mark.eager
 def test_a_converged_model_is_left_a_rate():
     # Its loss is all noise: 1e-3 at the most, of targets that it knows but for that much.
     keras.utils.set_random_seed(0)
@@ -359,6 +395,7 @@ def test_plots_its_curve_and_suggestions():
     assert valley().plot(ax) is figure
 
 
+@pytest.mark.eager
 def test_shows_a_progress_bar(fitted, capsys):
     find(fitted[0], verbose=1)
     assert "12/12" in capsys.readouterr().out
@@ -406,6 +443,7 @@ def test_refuses_groups_with_a_schedule():
         find(model)
 
 
+@pytest.mark.eager
 def test_a_schedule_of_one_optimizer_is_replaced_and_put_back():
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
     model, _ = build(keras.optimizers.SGD(schedule))
@@ -414,6 +452,7 @@ def test_a_schedule_of_one_optimizer_is_replaced_and_put_back():
     assert model.optimizer is optimizer
 
 
+@pytest.mark.eager
 def test_refuses_a_step_that_tells_no_loss():
     class Silent(keras.Model):
         def train_step(self, *state_and_data):

@@ -14,9 +14,10 @@ import numpy as np
 
 from keras_tl.features.probe import Probe, same_features
 from keras_tl.features.records import Records
+from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel, UncacheableError
-from keras_tl.features.store import DiskStore, MemoryStore, Shard, ShardName
+from keras_tl.features.store import Shard, ShardName, Store
 from keras_tl.internals.batches import predictions
 from keras_tl.internals.layers import own_state, seed_states
 from keras_tl.internals.values import on_host
@@ -33,39 +34,27 @@ class Extraction:
     Args:
         split: The `SplitModel`.
         source: The `Source`.
+        store: The `Store`, opened.
+        settings: The `ExtractionSettings`.
         part: Int. Which part.
         parts: Int. Of how many.
-        views: Int. How many passes over the data are recorded.
-        random: Bool. Whether layers before the split may be random.
-        training: Bool. Whether layers are called as in `fit`, or as in `evaluate`.
-        store: A `MemoryStore` or `DiskStore`.
-        dtype: String or None. The dtype that features are kept in, if not their own.
-        verbose: 0, 1 or 2, as `Progbar` takes it.
     """
 
     def __init__(
         self,
         split: SplitModel,
         source: Source,
+        store: Store,
+        settings: ExtractionSettings,
         *,
         part: int,
         parts: int,
-        views: int,
-        random: bool,
-        store: MemoryStore | DiskStore,
-        dtype: str | None,
-        training: bool,
-        verbose: int,
     ):
-        self._split = split
-        self._source = source
-        self._part, self._parts, self._views = part, parts, views
-        self._store = store
-        self._dtype = dtype
-        self._verbose = verbose
-        self._extractor = split.extractor(training)
-        self._random = random
-        self._check = None if random else _Constant(split.layers)
+        self._split, self._source, self._store = split, source, store
+        self._settings = settings
+        self._part, self._parts = part, parts
+        self._extractor = split.extractor(settings.training)
+        self._check = None if settings.random else _Constant(split.layers)
 
     def run(self) -> list[list[Shard]]:
         """Records what is not there yet.
@@ -78,8 +67,8 @@ class Extraction:
             UncacheableError: If layers before the split change, or data has no fixed size.
             OSError: If a shard cannot be written.
         """
-        with _Progress(self._target(), self._verbose) as progress:
-            passes = [self._pass(view, progress) for view in range(self._views)]
+        with _Progress(self._target(), self._settings.verbose) as progress:
+            passes = [self._pass(view, progress) for view in range(self._settings.passes)]
         self._store.finish(self._part, self._parts, passes)
         return passes
 
@@ -87,7 +76,7 @@ class Extraction:
         batches = self._source.batches
         if batches is None:
             return None
-        return self._views * len(range(self._part, batches, self._parts))
+        return self._settings.passes * len(range(self._part, batches, self._parts))
 
     def _pass(self, view: int, progress: _Progress) -> list[Shard]:
         shards: list[futures.Future[Shard]] = []
@@ -110,7 +99,7 @@ class Extraction:
                     shards.append(futures.Future())
                     shards[-1].set_result(there)
         left_over = ShardName(self._part, self._parts, view, len(shards))
-        if isinstance(self._store, DiskStore) and self._store.has(left_over):
+        if self._store.has(left_over):
             raise self._store.stale("the number of samples (now fewer)")
         return [shard.result() for shard in shards]
 
@@ -120,11 +109,11 @@ class Extraction:
         for batch in itertools.islice(group, len(recorded.batches)):
             found.add(Samples.of(batch))
             progress.add(found.batches[-1])
-        same = self._source.same(recorded, found, random=self._random)
-        if not same and isinstance(self._store, DiskStore):
+        random = self._settings.random
+        if not self._source.same(recorded, found, random=random):
             regrouped = found.batches != recorded.batches and "the batch size"
             order = "the order of the samples, on which a resumed extraction depends"
-            changed = recorded.difference(found, inputs=not self._random)
+            changed = recorded.difference(found, inputs=not random)
             raise self._store.stale(changed or regrouped or order)
 
     def _extract(
@@ -167,12 +156,12 @@ class Extraction:
 
     def _check_agrees(self, batch: Any, features: dict[str, Any]) -> None:
         """Raises an UncacheableError if the model itself gives something else for a batch."""
-        given = None if self._random else features
+        given = None if self._settings.random else features
         self._split.check_agrees(batch, given, arrays=self._source.fixed)
         self._source.agrees = True
 
     def _probe(self, batch: Any, features: dict[str, Any]) -> Probe | None:
-        if self._random:
+        if self._settings.random:
             return None
         x = keras.utils.unpack_x_y_sample_weight(batch)[0]
         first, of_first = keras.tree.map_structure(lambda tensor: tensor[:1], (x, features))
@@ -199,7 +188,9 @@ class Extraction:
 
     def _layout(self, arrays: Sequence[np.ndarray]) -> tuple[Records, int]:
         kept = [
-            self._dtype if _is_floating(array) and name not in self._split.bypassing else None
+            self._settings.dtype
+            if _is_floating(array) and name not in self._split.bypassing
+            else None
             for name, array in zip(self._split.names, arrays)
         ]
         records = Records.like(arrays, [*kept, *[None] * (len(arrays) - len(kept))])

@@ -14,14 +14,16 @@ import keras
 import tensorflow as tf
 
 from keras_tl.backbone.model_backbones import BackboneOf
+from keras_tl.features.disk_store import DiskStore
 from keras_tl.features.identity import identity_of
 from keras_tl.features.parts import Parts
 from keras_tl.features.reading import dataset_of, positions_of_batches
 from keras_tl.features.record_reader import RecordReader
 from keras_tl.features.records import Field, Records
+from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel
-from keras_tl.features.store import DiskStore, MemoryStore
+from keras_tl.features.store import MemoryStore, Store
 from keras_tl.features.unnamed import folder_for
 from keras_tl.stages.convergence import check_count
 
@@ -43,10 +45,9 @@ class FeatureCache:
     The head shares its layers with the model: training `head` trains `model`.
 
     Calling the cache on data records features, in memory or under `cache_dir`. On disk they outlive
-    the process, and an extraction that was interrupted goes on after the last whole shard. Features
-    of another backbone or, under the same name, of other data are never used: that is an error
-    which says what has changed. Shards that are damaged, or not where they belong, are found by
-    their checksums and recorded again.
+    the process, and an interrupted extraction continues after the last whole shard. Features from a
+    different backbone or, under the same name, of other data raise an error that says what has
+    changed. Damaged or misplaced shards are found by their checksums and recorded again.
 
     Args:
         model: A Functional or built Sequential model with a frozen backbone, compiled or not.
@@ -89,7 +90,7 @@ class FeatureCache:
         cache_dir: str | os.PathLike[str] | None = None,
     ):
         self._split = SplitModel(model, backbone)
-        # A later change of the working directory must not move it.
+        # Absolute, so that a later change of the working directory does not move it.
         self._folder = None if cache_dir is None else pathlib.Path(cache_dir).absolute()
         self._known = _Known()
         self.head = self._split.head
@@ -138,14 +139,13 @@ class FeatureCache:
                 Parts can be extracted by separate processes; a call without `shard` joins them.
             name: String. The folder in `cache_dir` for these features: other data under the same
                 name is an error. Defaults to `None`: the folder in which this data was recorded,
-                in whatever order data is given; data that was not gets a new one, "0", "1" and so
-                on. A generator can be read once only and is known by the order of calls: name it.
-            refresh: Bool. Whether features that are there are removed and recorded again.
+                whatever the order of calls; new data gets a new one, "0", "1" and so on. A
+                generator can be read only once and is known by the order of calls: name it.
+            refresh: Bool. Whether existing features are removed and recorded again.
             check_data: Bool. Whether the data is read (without the backbone) and compared with what
-                was recorded before, and one recorded sample goes through the backbone again; and
-                data that is not arrays is read again after it was recorded, to see that it is the
-                same each time. Otherwise only shapes, dtypes, weights and configuration are
-                compared.
+                was recorded before, and one recorded sample goes through the backbone again. Data
+                other than arrays is also read again after recording, to see that it does not
+                change. Otherwise only shapes, dtypes, weights and configuration are compared.
             verbose: 0, 1 or 2, as in `fit`: silence, a progress bar, or one line at the end.
 
         Returns:
@@ -155,8 +155,8 @@ class FeatureCache:
         Raises:
             StaleCacheError: If features were recorded with another backbone or other data.
             ValueError: For an argument out of range; if layers before the backbone's outputs are
-                random or change; if the data is another each time that it is read; if samples
-                differ in shape; or if a part is missing.
+                random or change; if the data changes on every read; if samples differ in shape;
+                or if a part is missing.
             OSError: If a shard cannot be written. Those finished before are kept.
         """
         self._check(dtype, views, shard, name)
@@ -164,73 +164,34 @@ class FeatureCache:
             if value is not None:
                 check_count(argument, value, at_least=1)
         self._split.check_constant()
+        settings = ExtractionSettings(dtype, views, training, verbose)
         source = Source(x, y, sample_weight, batch_size=batch_size, steps=steps)
         with contextlib.closing(source):
-            return self._recorded(
-                x,
-                source,
-                batch_size=batch_size,
-                shuffle=shuffle,
-                seed=seed,
-                dtype=dtype,
-                views=views,
-                training=training,
-                shard=shard,
-                name=name,
-                refresh=refresh,
-                check_data=check_data,
-                verbose=verbose,
+            if settings.passes > 1 and not source.repeatable:
+                raise ValueError(
+                    f"`views={views}` needs data that can be read more than once. Received a "
+                    "generator."
+                )
+            identity = identity_of(self._split, source, settings)
+            samples = None
+            if name is None and self._folder is not None:
+                name, samples = self._folder_for(x, identity, source, shard, check_data, verbose)
+            store = self._store(identity, name, refresh)
+            parts = Parts(self._split, source, store, settings, read=samples).get(
+                shard, check_data=check_data
             )
-
-    def _recorded(
-        self,
-        x: Any,
-        source: Source,
-        *,
-        batch_size: int | None,
-        shuffle: bool,
-        seed: int | None,
-        dtype: str | None,
-        views: int | None,
-        training: bool,
-        shard: tuple[int, int] | None,
-        name: str | None,
-        refresh: bool,
-        check_data: bool,
-        verbose: int,
-    ) -> tf.data.Dataset:
-        passes = views or 1
-        if passes > 1 and not source.repeatable:
-            raise ValueError(
-                f"`views={views}` needs data that can be read more than once. Received a generator."
-            )
-        identity = identity_of(self._split, source, dtype=dtype, views=views, training=training)
-        folder, samples = name, None
-        if folder is None and self._folder is not None:
-            folder, samples = self._folder_for(x, identity, source, shard, check_data, verbose)
-        store = self._store(identity, folder, refresh)
-        parts = Parts(
-            self._split,
-            source,
-            store,
-            views=passes,
-            random=views is not None,
-            training=training,
-            dtype=dtype,
-            verbose=verbose,
-            read=samples,
-        ).get(shard, check_data=check_data)
-        if source.first is not None and not source.agrees:
-            # What was recorded before may be of a model that prepares no data.
-            self._split.check_agrees(source.first, None, arrays=source.fixed)
+            if source.first is not None and not source.agrees:
+                # What was recorded before may be of a model that prepares no data.
+                self._split.check_agrees(source.first, None, arrays=source.fixed)
         records = store.records or _records_of_nothing(self._split, source)
-        by_pass = [[shard for part in parts for shard in part[view]] for view in range(passes)]
-        reader = RecordReader(records, [shard for shards in by_pass for shard in shards])
+        by_pass = [
+            [shard for part in parts for shard in part[view]] for view in range(settings.passes)
+        ]
         return dataset_of(
-            reader,
+            RecordReader(records, [shard for shards in by_pass for shard in shards]),
             lambda flat: self._packed(flat, source.spec),
             batches=positions_of_batches([part[0] for part in parts]),
-            views=passes,
+            views=settings.passes,
             batch_size=batch_size,
             shuffle=shuffle,
             seed=seed,
@@ -287,9 +248,7 @@ class FeatureCache:
         self._known.add(x, identity["training"], name)
         return name, samples
 
-    def _store(
-        self, identity: dict[str, Any], name: str | None, refresh: bool
-    ) -> MemoryStore | DiskStore:
+    def _store(self, identity: dict[str, Any], name: str | None, refresh: bool) -> Store:
         if self._folder is None or name is None:
             return MemoryStore()
         store = DiskStore(self._folder / name, identity)
@@ -308,7 +267,7 @@ class FeatureCache:
 
 
 class _Known:
-    """The folders of the data that a cache was called on, for data that must not be read again."""
+    """The folders of the data that a cache was called on, so that it need not be read again."""
 
     def __init__(self) -> None:
         self._seen: list[tuple[weakref.ref[Any], bool, str]] = []

@@ -9,6 +9,7 @@ from typing import Any
 import keras
 
 from keras_tl.backbone.selecting import flatten_layers
+from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Source
 from keras_tl.features.splitting import SplitModel
 from keras_tl.internals.values import on_host
@@ -21,9 +22,7 @@ _LEFT_OUT = {"trainable", "trainable_flags", "hand_frozen", "compile_config"}
 _NAMING = {"keras_history", "input_layers", "output_layers"}
 
 
-def identity_of(
-    split: SplitModel, source: Source, *, dtype: str | None, views: int | None, training: bool
-) -> dict[str, Any]:
+def identity_of(split: SplitModel, source: Source, settings: ExtractionSettings) -> dict[str, Any]:
     """Returns all that recorded features depend on but the samples, as JSON can hold it."""
     return {
         "configuration": _configuration_digest(split.graph, source.inputs),
@@ -32,9 +31,9 @@ def identity_of(
             for weight in split.graph.weights
         ],
         **source.describe(),
-        "dtype": dtype,
-        "views": views,
-        "training": training,
+        "dtype": settings.dtype,
+        "views": settings.views,
+        "training": settings.training,
     }
 
 

@@ -6,11 +6,12 @@ import itertools
 from collections.abc import Sequence
 
 from keras_tl.features.extraction import Extraction
+from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel, UncacheableError
-from keras_tl.features.store import DiskStore, MemoryStore, Shard, ShardName
+from keras_tl.features.store import Shard, ShardName, Store
 
-# However many parts a file says that there are.
+# How many missing parts a message names: a file may claim that there are millions.
 _PARTS_SHOWN = 8
 
 
@@ -20,12 +21,8 @@ class Parts:
     Args:
         split: The `SplitModel`.
         source: The `Source`.
-        store: A `MemoryStore` or an opened `DiskStore`.
-        views: Int. How many passes over the data are recorded.
-        random: Bool. Whether each pass may be different.
-        training: Bool. Whether layers are called as in `fit`, or as in `evaluate`.
-        dtype: String or None. The dtype that features are kept in, if not their own.
-        verbose: 0, 1 or 2, as `Progbar` takes it.
+        store: The `Store`, opened.
+        settings: The `ExtractionSettings`.
         read: The samples of the data if they have just been read, so that they need not be again.
     """
 
@@ -33,18 +30,13 @@ class Parts:
         self,
         split: SplitModel,
         source: Source,
-        store: MemoryStore | DiskStore,
+        store: Store,
+        settings: ExtractionSettings,
         *,
-        views: int,
-        random: bool,
-        training: bool,
-        dtype: str | None,
-        verbose: int,
         read: Samples | None = None,
     ):
         self._split, self._source, self._store = split, source, store
-        self._views, self._random, self._training = views, random, training
-        self._dtype, self._verbose = dtype, verbose
+        self._settings = settings
         self._read = read
 
     def get(self, shard: tuple[int, int] | None, *, check_data: bool) -> list[list[list[Shard]]]:
@@ -60,7 +52,7 @@ class Parts:
             ValueError: If a part is missing.
         """
         if check_data:
-            self._check_same_backbone()  # Before an extraction that was interrupted goes on.
+            self._check_same_backbone()  # Before an interrupted extraction continues.
         count = self._count_to_join() if shard is None else shard[1]
         wanted = [*range(count)] if shard is None else [shard[0]]
         there = {part: self._recorded(part, count) for part in wanted}
@@ -68,13 +60,15 @@ class Parts:
         now = (0, 1) if shard is None else shard
         if check_data and any(there.values()):
             self._check_unchanged(parts, now)
-        elif check_data and self._source.repeatable and not (self._random or self._source.fixed):
+        elif (
+            check_data
+            and self._source.repeatable
+            and not (self._settings.random or self._source.fixed)
+        ):
             self._check_repeats(parts, now)
         return parts
 
     def _count_to_join(self) -> int:
-        if isinstance(self._store, MemoryStore):
-            return 1
         finished = self._store.finished_parts()
         if not finished or 1 in finished:
             return 1
@@ -86,7 +80,7 @@ class Parts:
             shown = ", ".join(map(str, [first, *rest]))
             more = f" and {missing - _PARTS_SHOWN} more" if missing > _PARTS_SHOWN else ""
             raise ValueError(
-                f"The features in {str(self._store.folder)!r} are in {count} parts, of which "
+                f"The features in {self._store.place} are in {count} parts, of which "
                 f"{shown}{more} {'is' if missing == 1 else 'are'} missing or not finished. Call "
                 f"the cache with `shard=({first}, {count})` first, or pass `refresh=True`."
             )
@@ -94,10 +88,8 @@ class Parts:
 
     def _recorded(self, part: int, parts: int) -> list[list[Shard]] | None:
         """The shards of a part, if it is finished and none is damaged."""
-        if isinstance(self._store, MemoryStore):
-            return None
         counts = self._store.finished(part, parts)
-        if counts is None or len(counts) != self._views:
+        if counts is None or len(counts) != self._settings.passes:
             return None
         passes = []
         for view, count in enumerate(counts):
@@ -108,34 +100,23 @@ class Parts:
         return passes
 
     def _extract(self, part: int, parts: int) -> list[list[Shard]]:
-        if isinstance(self._store, DiskStore):
-            self._store.reopen_part(part, parts)
+        self._store.reopen_part(part, parts)
         return Extraction(
-            self._split,
-            self._source,
-            part=part,
-            parts=parts,
-            views=self._views,
-            random=self._random,
-            training=self._training,
-            store=self._store,
-            dtype=self._dtype,
-            verbose=self._verbose,
+            self._split, self._source, self._store, self._settings, part=part, parts=parts
         ).run()
 
     def _check_unchanged(self, parts: list[list[list[Shard]]], now: tuple[int, int]) -> None:
         """Raises a StaleCacheError if the data is not what was recorded."""
-        assert isinstance(self._store, DiskStore)
-        passes = [_samples(parts, view) for view in range(self._views)]
+        passes = [_samples(parts, view) for view in range(self._settings.passes)]
         changed = difference(passes, self._read or self._source.samples(*now))
         if changed is not None:
             raise self._store.stale(changed)
 
     def _check_same_backbone(self) -> None:
         """Raises a StaleCacheError if the backbone makes something else of a recorded sample."""
-        if isinstance(self._store, MemoryStore) or self._store.probe is None:
+        if self._store.probe is None:
             return
-        extractor = self._split.extractor(self._training)
+        extractor = self._split.extractor(self._settings.training)
         if self._store.probe.differs(extractor, self._source.inputs):
             raise self._store.stale("what the layers up to the backbone's outputs compute")
 
@@ -143,15 +124,14 @@ class Parts:
         """Raises an UncacheableError if the data is not the same when it is read again."""
         index, count = now
         if count == 1 and parts[0][0]:
-            # In the order of recording, a look at the first shard is enough.
+            # Data that changes shows it at once: the first shard, read in order, is enough.
             first = parts[0][0][0].samples
             if self._source.samples(*now, batches=len(first.batches)) == first:
                 return
         changed = _samples(parts, 0).difference(self._source.samples(*now))
         if changed is None:
             return
-        if isinstance(self._store, DiskStore):
-            self._store.delete_part(index, count)
+        self._store.delete_part(index, count)
         order = "in another order or " if count > 1 else ""
         raise UncacheableError(
             f"The data is read {order}with other values each time, as after random augmentation: "
@@ -164,7 +144,7 @@ class Parts:
 def difference(passes: Sequence[Samples], now: Samples) -> str | None:
     """Says what differs between data as it was recorded in some passes, and now."""
     first, *others = passes
-    # What was another in each pass can be none of them now.
+    # What changed from pass to pass cannot be compared with what is read now.
     return first.difference(
         now,
         inputs=all(one.inputs == first.inputs for one in others),

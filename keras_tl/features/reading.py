@@ -19,12 +19,12 @@ def positions_of_batches(parts: Sequence[Sequence[Shard]]) -> list[np.ndarray]:
         parts: The shards of each part. Batch j of the data is in part j modulo their number.
     """
     batches: list[list[np.ndarray]] = []
-    begin = 0
+    start = 0
     for shards in parts:
         batches.append([])
         for count in (count for shard in shards for count in shard.samples.batches):
-            batches[-1].append(np.arange(begin, begin + count))
-            begin += count
+            batches[-1].append(np.arange(start, start + count))
+            start += count
     longest = max(map(len, batches), default=0)
     return [part[i] for i in range(longest) for part in batches if i < len(part)]
 
@@ -57,13 +57,13 @@ def dataset_of(
         whole, rest = divmod(len(in_order), size)
         sizes = [size] * whole + ([rest] if rest else [])
     ends = np.cumsum([0, *sizes])
-    # As `fit` does, so that `keras.utils.set_random_seed` decides it.
+    # From NumPy's global generator, as in `fit`: `keras.utils.set_random_seed` decides it.
     generator = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
 
     dtypes = [tf.as_dtype(dtype) for _, dtype in reader.records.layout]
 
     def epoch() -> Iterator[np.ndarray]:
-        """The order of an epoch, and what comes after it: at its end, or when it is given up."""
+        """Yields the order of an epoch; closes the files at its end, or when it is abandoned."""
         order = generator.permutation(in_order) if shuffle else in_order
         if views > 1:
             order = order + len(order) * generator.integers(views, size=len(order))

@@ -124,7 +124,7 @@ _open_files = _OpenFiles()
 
 
 class _Buffers:
-    """Memory for arrays, used again once nothing has the array any more.
+    """Memory for arrays, reused once an array is released.
 
     TensorFlow uses an aligned array as it is, without a copy, and keeps it until the tensor is
     gone. New memory for each batch cost more than reading the batch: 0.7 ms for 1.5 MB.

@@ -23,10 +23,10 @@ def check_training_data(
     steps: int | None,
     random: bool = False,
 ) -> None:
-    """Raises an UncacheableError if an epoch may read other samples than the one before.
+    """Raises an UncacheableError if an epoch may read other samples than the one before it.
 
-    With `steps_per_epoch`, `fit` goes on in the data from epoch to epoch: only if an epoch is one
-    whole pass does each read the same.
+    With `steps_per_epoch`, `fit` continues in the data from epoch to epoch: epochs read the same
+    samples only if each is one whole pass.
 
     Args:
         x: Whatever `fit` takes.
@@ -34,7 +34,7 @@ def check_training_data(
         sample_weight: Weights, if they are not in `x`.
         batch_size: Int or None. For arrays.
         steps: Int or None. The `steps_per_epoch` of `fit`.
-        random: Bool. Whether inputs may be others each time. Then the targets tell.
+        random: Bool. Whether inputs may change on every read. Then only targets are compared.
 
     Raises:
         ValueError: If the data has no end, and `steps` is None.
@@ -49,8 +49,8 @@ def check_training_data(
         length = "has no known length" if batches is None else f"has {batches} batches"
         remedy = "the number of batches in one pass" if batches is None else str(batches)
         raise UncacheableError(
-            f"With `steps_per_epoch={steps}`, `fit` goes on in the data from epoch to epoch, so an "
-            f"epoch reads other samples than the one before: the data {length}. Pass "
+            f"With `steps_per_epoch={steps}`, `fit` continues in the data from epoch to epoch, so "
+            f"an epoch reads other samples than the one before: the data {length}. Pass "
             f"`steps_per_epoch={remedy}`, or leave it out for data that ends, to record features."
         )
 
@@ -58,7 +58,7 @@ def check_training_data(
 def check_validation_data(data: Any, *, steps: int | None) -> None:
     """Raises an UncacheableError if a validation may read other samples than the one before.
 
-    Each validation begins at the start of the data, except of a generator.
+    Each validation starts at the start of the data, except that of a generator.
 
     Args:
         data: `validation_data` of `fit`, or None.
@@ -70,7 +70,7 @@ def check_validation_data(data: Any, *, steps: int | None) -> None:
 def _check_kind(x: Any, reader: str) -> None:
     if inspect.isgenerator(x):
         raise UncacheableError(
-            f"{reader} goes on in a generator from epoch to epoch, and nothing tells whether it "
+            f"{reader} continues in a generator from epoch to epoch, and nothing tells whether it "
             "yields the same again. Pass arrays, a `tf.data.Dataset` or a `keras.utils.PyDataset` "
             "to record features."
         )
@@ -89,8 +89,8 @@ def _check_kind(x: Any, reader: str) -> None:
         )
     if x.num_batches is None:
         raise UncacheableError(
-            f"{reader} goes on in a {type(x).__name__} without an end from epoch to epoch. Give it "
-            "a length, the number of batches in one pass, to record features."
+            f"{reader} continues in a {type(x).__name__} without an end from epoch to epoch. Give "
+            "it a length, the number of batches in one pass, to record features."
         )
 
 

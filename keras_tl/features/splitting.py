@@ -21,6 +21,7 @@ from keras_tl.internals.graphs import (
 from keras_tl.internals.layers import mask_of
 from keras_tl.internals.models import (
     compile_arguments,
+    compile_call,
     functions_set_aside,
     losses_of,
     own_methods,
@@ -71,6 +72,7 @@ class SplitModel:
             )
         inputs = graph_inputs(model)
         self._model = model
+        self._twin: tuple[Any, keras.Model] | None = None
         self._backbones = Backbones(model, backbone)
         tensors = cut_after(model, _operations(model, self._backbones))
         named = _named(tensors)
@@ -157,13 +159,22 @@ class SplitModel:
 
     def _differs(self, batch: Any, features: dict[str, Any], **settings: bool) -> str | None:
         given = features if len(features) > 1 else next(iter(features.values()))
-        # Not the head itself, whose metrics would be built then: `fit` builds them by a call of the
-        # model, for which torch draws random numbers.
-        with strategy_scope(self.head):
-            twin = keras.Model(self.head.input, self.head.output, name=self.head.name)
-            if self._model.compiled:
-                twin.compile(**compile_arguments(self._model))
-        return difference(self._model, twin, batch, given, **settings)
+        return difference(self._model, self._twin_of_head(), batch, given, **settings)
+
+    def _twin_of_head(self) -> keras.Model:
+        """Returns a model that does what the head does, made once for each `compile` of the model.
+
+        Not the head itself, whose metrics would be built then: `fit` builds them by a call of the
+        model, for which torch draws random numbers.
+        """
+        compiled = compile_call(self._model) if self._model.compiled else None
+        if self._twin is None or self._twin[0] is not compiled:
+            with strategy_scope(self.head):
+                twin = keras.Model(self.head.input, self.head.output, name=self.head.name)
+                if compiled is not None:
+                    twin.compile(**compile_arguments(self._model))
+            self._twin = (compiled, twin)
+        return self._twin[1]
 
     def _check_no_loss(self, inputs: Any) -> None:
         """Raises an UncacheableError if layers up to the split add to the loss."""

@@ -10,12 +10,12 @@ import itertools
 import pathlib
 from typing import Any
 
+from keras_tl.features.disk_store import DiskStore
 from keras_tl.features.identity import differences
 from keras_tl.features.manifest import Manifest
 from keras_tl.features.parts import difference
 from keras_tl.features.sealed import BROKEN
 from keras_tl.features.source import Samples, Source
-from keras_tl.features.store import DiskStore
 from keras_tl.messages import say
 
 _Part = tuple[int, int]
@@ -48,7 +48,7 @@ def folder_for(
     stores = _stores(root, identity)
     same = [name for name, (store, is_same) in stores.items() if is_same and store.first_samples()]
     if not source.repeatable:
-        # It would be used up: it is known by what it was recorded with, or by the order of calls.
+        # Reading would use it up: it is known by what it was recorded with, or the order of calls.
         free = [name for name in same if name not in taken]
         numbers = (str(n) for n in itertools.count() if str(n) not in taken)
         return (free[0] if len(free) == 1 else next(numbers)), None
@@ -118,9 +118,9 @@ def _recorded(store: DiskStore, shard: _Part | None) -> list[list[Samples]] | No
 def _interrupted(
     stores: dict[str, DiskStore], identity: dict[str, Any], source: Source
 ) -> str | None:
-    """Returns the folder in which data that is another each time is recorded, up to some shard.
+    """Returns the folder of an interrupted recording of data that changes on every read.
 
-    Its own inputs do not tell. In another order, it cannot go on there, and is told so: a new
+    Its inputs cannot identify it. Data in a new order cannot continue there, and raises: a new
     folder each time would never be finished.
     """
     if identity["views"] is not None:

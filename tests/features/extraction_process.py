@@ -1,12 +1,7 @@
-"""A process that extracts features: `python -m tests.features.extraction_process FOLDER ...`.
-
-Further arguments: `shard=INDEX/COUNT`; `kill=FUNCTION:CALL`, for a process that kills itself at
-that call of a function of `os`; `slow`. It prints a digest of the features.
-"""
+"""What a process does that extracts features, for tests that kill it or run several at once."""
 
 import hashlib
 import os
-import sys
 import time
 
 import keras
@@ -17,7 +12,6 @@ from tests import models
 from tests.conftest import regression_data
 from tests.killed_run import kill_at
 
-extraction.SHARD_BATCHES = 2
 X, Y = regression_data(60)
 
 
@@ -35,22 +29,26 @@ class Slowly(keras.utils.PyDataset):
         return X[at], Y[at]
 
 
-def main(folder, *arguments):
-    settings = dict(one.split("=") for one in arguments if "=" in one)
-    if "kill" in settings:
-        name, call = settings["kill"].split(":")
-        kill_at(os, name, int(call))
-    shard = settings.get("shard")
+def main(results, folder, *, shard=None, kill=None, slow=False):
+    """Extracts features, and sends "starts" and then a digest of them.
+
+    Args:
+        results: The end of a pipe to send on.
+        folder: The `cache_dir`.
+        shard: As in `FeatureCache`.
+        kill: The name of a function of `os` and a number: that call of it kills the process.
+        slow: Whether the data takes its time.
+    """
+    extraction.SHARD_BATCHES = 2
+    if kill is not None:
+        kill_at(os, *kill)
     keras.utils.set_random_seed(0)
     model = models.functional_outer(FrozenBackbone(models.functional(["dense", "batchnorm"])))
-    print("begins", flush=True)
-    data = Slowly(0.02 if "slow" in arguments else 0.0)
+    # As the tests of this folder do: what is compiled is not the point.
+    model.compile("sgd", "mse", run_eagerly=True)
+    results.send("starts")
     features = FeatureCache(model, cache_dir=folder)(
-        data, shuffle=False, shard=shard and tuple(map(int, shard.split("/"))), verbose=0
+        Slowly(0.02 if slow else 0.0), shuffle=False, shard=shard, verbose=0
     )
     parts = [part.numpy().tobytes() for batch in features for part in batch]
-    print(hashlib.sha256(b"".join(parts)).hexdigest())
-
-
-if __name__ == "__main__":
-    main(*sys.argv[1:])
+    results.send(hashlib.sha256(b"".join(parts)).hexdigest())

@@ -40,6 +40,7 @@ def build(kind=keras.Model, head=()):
     return model
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("compiled", [True, False])
 def test_a_model_that_prepares_data_is_refused(compiled, tmp_path):
     model = build(Scaling)
@@ -50,6 +51,7 @@ def test_a_model_that_prepares_data_is_refused(compiled, tmp_path):
     assert not list(tmp_path.rglob("*shard*"))
 
 
+@pytest.mark.eager
 def test_so_is_one_for_which_another_has_recorded_before(tmp_path):
     plain = build()
     FeatureCache(plain, cache_dir=tmp_path)(X, Y, verbose=0)
@@ -58,6 +60,7 @@ def test_so_is_one_for_which_another_has_recorded_before(tmp_path):
         FeatureCache(scaling, cache_dir=tmp_path)(X, Y, verbose=0)
 
 
+@pytest.mark.eager
 def test_the_check_changes_nothing_in_the_model():
     model = build(head=[AlwaysRandom(), keras.layers.BatchNormalization()])
     model.evaluate(X, Y, verbose=0)
@@ -77,7 +80,7 @@ def test_half_precision_that_a_compiler_rounds_another_way_is_no_difference(tmp_
     try:
         layers = [
             layer
-            for _ in range(10)
+            for _ in range(6)
             for layer in (
                 keras.layers.Conv2D(16, 3, padding="same"),
                 keras.layers.LayerNormalization(),
@@ -97,6 +100,7 @@ def test_half_precision_that_a_compiler_rounds_another_way_is_no_difference(tmp_
         assert len(list(FeatureCache(model, cache_dir=tmp_path)(x, y, verbose=0))) == 1
 
 
+@pytest.mark.eager
 def test_targets_that_the_loss_cannot_take_are_no_difference():
     model = build()
     targets = np.zeros((20, 3, 7), "float32")

@@ -13,10 +13,15 @@ from hypothesis import strategies as st
 
 import keras_tl
 from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
-from keras_tl.features import extraction, store
+from keras_tl.features import disk_store, extraction
+from keras_tl.features.identity import differences
+from keras_tl.features.source import Samples
 from keras_tl.internals.values import on_host
 from tests import models
 from tests.conftest import examples, regression_data
+from tests.features.conftest import contents
+
+pytestmark = pytest.mark.eager
 
 X, Y = regression_data(22)
 BATCH, SHARD_BATCHES = 2, 3
@@ -28,9 +33,18 @@ def build(kinds=("dense", "batchnorm", "dense"), seed=0):
     return models.functional_outer(FrozenBackbone(models.functional(kinds)))
 
 
+@pytest.fixture(scope="module")
+def unchanged():
+    model = build()
+    return model, model.get_weights()
+
+
 @pytest.fixture
-def model():
-    return build()
+def model(unchanged):
+    """A model that all tests share, with its weights as they were."""
+    model, weights = unchanged
+    model.set_weights(weights)
+    return model
 
 
 @pytest.fixture(autouse=True)
@@ -42,10 +56,6 @@ def record(model, folder, x=X, y=Y, **settings):
     # By name: data without one is known by what it is, see test_unnamed.py.
     settings = {"batch_size": BATCH, "shuffle": False, "verbose": 0, "name": "0", **settings}
     return FeatureCache(model, cache_dir=folder)(x, y, **settings)
-
-
-def contents(dataset):
-    return [part.numpy().tobytes() for batch in dataset for part in batch]
 
 
 def shards_in(folder):
@@ -90,16 +100,26 @@ def _flip_one_bit(model):
     return kernel.path
 
 
-@pytest.mark.parametrize("dataset", [False, True], ids=["arrays", "tf.data"])
+CHANGES = [
+    ({"x": X + 1}, "Changed: the inputs"),
+    ({"x": X.astype("int32")}, r"dtype of the inputs \(recorded float32\(4,\), now int32"),
+    ({"y": Y + 1}, "Changed: the targets or sample weights"),
+    ({"y": np.hstack([Y, Y])}, r"shape or dtype of the targets"),
+    ({"x": X[:20], "y": Y[:20]}, r"the number of samples \(recorded 22, now 20\)"),
+    ({"x": np.tile(X, (2, 1)), "y": np.tile(Y, (2, 1))}, r"\(recorded 22, now 44\)"),
+]
+
+
 @pytest.mark.parametrize(
-    "changed, message",
+    "changed, message, dataset",
     [
-        ({"x": X + 1}, "Changed: the inputs"),
-        ({"x": X.astype("int32")}, r"dtype of the inputs \(recorded float32\(4,\), now int32"),
-        ({"y": Y + 1}, "Changed: the targets or sample weights"),
-        ({"y": np.hstack([Y, Y])}, r"shape or dtype of the targets"),
-        ({"x": X[:20], "y": Y[:20]}, r"the number of samples \(recorded 22, now 20\)"),
-        ({"x": np.tile(X, (2, 1)), "y": np.tile(Y, (2, 1))}, r"\(recorded 22, now 44\)"),
+        (*CHANGES[0], False),
+        (*CHANGES[2], True),
+        *(
+            pytest.param(*change, dataset, marks=pytest.mark.slow)
+            for change in CHANGES
+            for dataset in (False, True)
+        ),
     ],
 )
 def test_other_data_is_an_error_that_names_what_changed(changed, message, dataset, model, tmp_path):
@@ -118,6 +138,17 @@ def test_other_data_is_an_error_that_names_what_changed(changed, message, datase
     assert contents(record(model, tmp_path, **prepared(X, Y))) == first
     refreshed = contents(record(model, tmp_path, **changed, refresh=True))
     assert refreshed == contents(record(model, tmp_path, **changed)) != first
+
+
+def test_what_changed_is_said_in_words():
+    recorded = {"configuration": "c", "weights": [], "inputs": ["float32(4,)"], "targets": []}
+    now = {**recorded, "inputs": ["int32(4,)"], "targets": ["float32(2,)"]}
+    assert differences(recorded, now) == [
+        "shape or dtype of the inputs (recorded float32(4,), now int32(4,))",
+        "shape or dtype of the targets (recorded none, now float32(2,))",
+    ]
+    fewer = Samples([20]).difference(Samples([12, 10]))
+    assert fewer == "the number of samples (recorded 20, now 22)"
 
 
 @pytest.mark.parametrize(
@@ -189,7 +220,7 @@ def test_arrays_in_another_order_are_the_same_data_recorded_before(model, tmp_pa
 
 
 def test_features_of_a_newer_version_are_an_error(model, tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "FORMAT", store.FORMAT + 1)
+    monkeypatch.setattr(disk_store, "FORMAT", disk_store.FORMAT + 1)
     record(model, tmp_path)
     monkeypatch.undo()
     with pytest.raises(StaleCacheError, match=f"{keras_tl.__version__}.*Update keras_tl, or pass"):
@@ -227,7 +258,15 @@ def deleted(path):
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [truncated, emptied, flipped, deleted])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        flipped,
+        deleted,
+        pytest.param(truncated, marks=pytest.mark.slow),
+        pytest.param(emptied, marks=pytest.mark.slow),
+    ],
+)
 def test_a_damaged_shard_alone_is_recorded_again(
     damage, model, tmp_path, batches_extracted, capsys
 ):
@@ -244,7 +283,7 @@ def test_a_damaged_shard_alone_is_recorded_again(
     assert (f"{harmed.name} is damaged" in said) == (damage is not deleted)
 
 
-@settings(max_examples=examples(20))
+@settings(max_examples=examples(16))
 @given(data=st.data())
 def test_a_flipped_bit_anywhere_changes_no_feature(data, tmp_path_factory):
     folder, model, first = _recorded_once(tmp_path_factory)
@@ -352,7 +391,7 @@ def test_a_folder_that_cannot_be_written(model, tmp_path):
 
 def test_parts_by_several_workers_join_into_one_cache(tmp_path):
     # One after the other, each with a model of its own, as separate processes have.
-    whole = contents(record(build(), tmp_path / "whole"))
+    whole = contents(record(build(), None))
     for index in (2, 0, 1):
         part = record(build(), tmp_path / "parts", shard=(index, 3))
         assert contents(part) == _every_third(whole, index)

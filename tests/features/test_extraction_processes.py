@@ -1,36 +1,41 @@
 """Extraction in processes that are killed, and in several at once."""
 
-import os
+import multiprocessing
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
 from tests.conftest import only_on
+from tests.features import extraction_process
 
 pytestmark = only_on("tensorflow", "Files are written alike on every backend.")
 
+# The processes are forked from one that has imported all that they need and run nothing yet.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([extraction_process.__name__])
 
-def start(folder, *arguments):
-    return subprocess.Popen(
-        [sys.executable, "-m", "tests.features.extraction_process", str(folder), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "-1"},
+
+def start(folder, **settings):
+    results, sender = PROCESSES.Pipe(duplex=False)
+    process = PROCESSES.Process(
+        target=extraction_process.main, args=(sender, str(folder)), kwargs=settings
     )
+    process.start()
+    sender.close()  # So that a killed process ends what is received.
+    return process, results
 
 
-def digest(process):
-    """What a process printed last, or None if it was killed; another failure is an error."""
-    printed, errors = process.communicate(timeout=300)
-    if process.returncode == -signal.SIGKILL:
+def digest(started):
+    """What a process sent last, or None if it was killed; another failure is an error."""
+    process, results = started
+    process.join(timeout=300)
+    if process.exitcode == -signal.SIGKILL:
         return None
-    assert process.returncode == 0, errors[-2000:]
-    return printed.split()[-1]
+    assert process.exitcode == 0
+    sent = [results.recv() for _ in range(2) if results.poll()]
+    return sent[-1]
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +45,20 @@ def undisturbed(tmp_path_factory):
 
 def test_killed_while_it_writes_and_renames(tmp_path, undisturbed):
     # The first file is the manifest; a note that the part is finished is the last.
-    for place in ("fsync:1", "replace:1", "fsync:4", "replace:3", "replace:6"):
-        assert digest(start(tmp_path, f"kill={place}")) is None, place
+    for place in [("fsync", 1), ("replace", 1), ("fsync", 4), ("replace", 3), ("replace", 6)]:
+        assert digest(start(tmp_path, kill=place)) is None, place
     assert digest(start(tmp_path)) == undisturbed
     assert not list(tmp_path.rglob("*.tmp"))
 
 
 def test_two_processes_extract_into_one_folder_at_once(tmp_path, undisturbed):
-    first, second = start(tmp_path, "slow"), start(tmp_path, "slow")
+    first, second = start(tmp_path, slow=True), start(tmp_path, slow=True)
     assert digest(first) == digest(second) == undisturbed
     assert digest(start(tmp_path)) == undisturbed
 
 
 def test_processes_extract_parts_that_join(tmp_path, undisturbed):
-    workers = [start(tmp_path, f"shard={index}/2") for index in range(2)]
+    workers = [start(tmp_path, shard=(index, 2)) for index in range(2)]
     assert None not in [digest(worker) for worker in workers]
     assert digest(start(tmp_path)) == undisturbed
 
@@ -66,14 +71,14 @@ def test_killed_thirty_times(tmp_path, undisturbed):
         folder = tmp_path / str(runs)
         runs += 1
         while True:
-            process = start(folder, "slow")
-            assert process.stdout.readline() in ("begins\n", "")
+            process, results = started = start(folder, slow=True)
+            results.poll(timeout=300)  # Until it starts.
             time.sleep(chance.uniform(0, 1))
             process.kill()
-            if (result := digest(process)) is not None:
+            if (result := digest(started)) is not None:
                 break
             kills += 1
             if chance.random() < 0.2:
-                result = digest(start(folder, "slow"))
+                result = digest(start(folder, slow=True))
                 break
         assert result == undisturbed

@@ -9,7 +9,7 @@ from keras_tl import FeatureCache, FrozenBackbone
 from tests import models
 from tests.conftest import as_bytes, regression_data, values_of
 
-pytestmark = pytest.mark.covers("part: FeatureCache")
+pytestmark = [pytest.mark.covers("part: FeatureCache"), pytest.mark.eager]
 
 X, Y = regression_data(20)
 WEIGHTS = np.linspace(0.1, 1, 20).astype("float32")
@@ -58,8 +58,20 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind, on_disk",
+    [
+        ("arrays", False),
+        ("tf.data", True),
+        ("PyDataset", True),
+        ("generator", True),
+        *(
+            pytest.param(kind, on_disk, marks=pytest.mark.slow)
+            for kind in KINDS
+            for on_disk in (False, True)
+        ),
+    ],
+)
 def test_features_with_targets_and_weights_of(kind, on_disk, model, features_of_x, tmp_path):
     cache = FeatureCache(model, cache_dir=tmp_path if on_disk else None)
     data, settings = KINDS[kind]()
@@ -103,8 +115,10 @@ def test_shuffles_all_samples_anew_in_each_epoch(model):
 
 
 def test_the_seed_decides_the_orders(model):
+    cache = FeatureCache(model)
+
     def order(seed):
-        dataset = FeatureCache(model)(X, np.arange(20), seed=seed, verbose=0)
+        dataset = cache(X, np.arange(20), seed=seed, verbose=0)
         return [np.concatenate([y for _, y in dataset]).tolist() for _ in range(2)]
 
     assert order(1) == order(1) != order(2)
@@ -115,7 +129,13 @@ def test_the_seed_decides_the_orders(model):
 
 
 @pytest.mark.parametrize(
-    "batch_size, sizes", [(8, [8, 8, 4]), (64, [20]), (20, [20]), (1, [1] * 20)]
+    "batch_size, sizes",
+    [
+        (8, [8, 8, 4]),
+        (64, [20]),
+        pytest.param(20, [20], marks=pytest.mark.slow),
+        pytest.param(1, [1] * 20, marks=pytest.mark.slow),
+    ],
 )
 def test_batches_can_have_another_size(batch_size, sizes, model):
     cache = FeatureCache(model)
@@ -212,7 +232,7 @@ def test_a_plain_backbone():
     assert as_bytes(base.weights) == before
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_half_the_size_on_disk(dtype, model, features_of_x, tmp_path):
     def size(folder):
         return sum(path.stat().st_size for path in folder.rglob("*shard*"))
@@ -264,14 +284,15 @@ def test_training_the_head_trains_the_model(model):
 
 
 def test_there_is_a_progress_bar_with_rate_and_time_left(model, capsys):
-    FeatureCache(model)(X, batch_size=4)
+    cache = FeatureCache(model)
+    cache(X, batch_size=4)
     printed = capsys.readouterr().out
     assert "5/5" in printed
     assert "ms/batch" in printed
     assert "samples_per_second" in printed
-    FeatureCache(model)(X, batch_size=4, verbose=0)
+    cache(X, batch_size=4, verbose=0)
     assert capsys.readouterr().out == ""
-    FeatureCache(model)(X, batch_size=4, verbose=2)
+    cache(X, batch_size=4, verbose=2)
     line = capsys.readouterr().out
     assert line.startswith("5/5")
     assert line.index("\n") == len(line) - 1

@@ -9,6 +9,8 @@ from keras_tl import FeatureCache, FrozenBackbone
 from tests import models
 from tests.conftest import only_on, regression_data, values_of
 
+pytestmark = pytest.mark.eager
+
 X, Y = regression_data(20)
 
 
@@ -65,14 +67,17 @@ def test_a_random_layer_without_effect_in_training_is_no_matter():
     assert len(list(FeatureCache(model)(X, verbose=0))) == 1
 
 
-@pytest.mark.parametrize("on_disk", [False, True], ids=["memory", "disk"])
+@pytest.mark.parametrize(
+    "on_disk",
+    [pytest.param(False, id="memory", marks=pytest.mark.slow), pytest.param(True, id="disk")],
+)
 def test_each_epoch_draws_from_the_views(on_disk, tmp_path):
     model = noisy(keras.layers.GaussianNoise(1.0))
     cache = FeatureCache(model, cache_dir=tmp_path if on_disk else None)
     dataset = cache(X, np.arange(20), views=3, batch_size=4, verbose=0)
     assert int(dataset.cardinality()) == 5
     seen = {number: set() for number in range(20)}
-    for _ in range(30):
+    for _ in range(16):
         numbers = []
         for features, batch in dataset:
             for row, number in zip(features.numpy(), batch.numpy(), strict=True):

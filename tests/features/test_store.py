@@ -1,6 +1,7 @@
 """Files of recorded features: in the wrong place, broken or hostile, open."""
 
 import gc
+import itertools
 import json
 import os
 import shutil
@@ -11,25 +12,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
-from keras_tl.features import extraction, feature_cache, record_reader, store
+from keras_tl import FeatureCache, StaleCacheError
+from keras_tl.features import extraction, feature_cache, record_reader, whole_files
+from keras_tl.features.disk_store import _header_of
 from keras_tl.features.sealed import sealed
-from tests import models
 from tests.conftest import examples, regression_data
+from tests.features.conftest import contents
+
+pytestmark = [pytest.mark.eager, pytest.mark.usefixtures("small_shards")]
 
 X, Y = regression_data(12)
 SHARDS = 3
 NOTE = "part-0000-of-0001.json"
-
-
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch):
-    monkeypatch.setattr(extraction, "SHARD_BATCHES", 2)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.functional_outer(FrozenBackbone(models.functional(["dense"])))
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +47,6 @@ def record(model, folder, x=X, y=Y, **settings):
     return FeatureCache(model, cache_dir=folder)(x, y, **settings)
 
 
-def contents(dataset):
-    return [part.numpy().tobytes() for batch in dataset for part in batch]
-
-
 def shards_in(folder):
     return sorted(folder.glob("*.shard-*"))
 
@@ -64,8 +54,15 @@ def shards_in(folder):
 # Places.
 
 
-@pytest.mark.parametrize("check_data", [True, False])
-@pytest.mark.parametrize("swapped", [True, False], ids=["swapped", "copied"])
+@pytest.mark.parametrize(
+    "swapped, check_data",
+    [
+        (True, False),
+        (False, True),
+        pytest.param(True, True, marks=pytest.mark.slow),
+        pytest.param(False, False, marks=pytest.mark.slow),
+    ],
+)
 def test_a_shard_in_the_place_of_another_is_extracted_again(
     swapped, check_data, model, recorded, batches_extracted, capsys
 ):
@@ -156,8 +153,20 @@ def no_text(path):
     path.write_bytes(b"\xff\xfe\x00" * 9)
 
 
-@pytest.mark.parametrize("spoil", [nested, claims_4_gigabytes, no_text])
-@pytest.mark.parametrize("name", ["manifest.json", NOTE, "shard"])
+@pytest.mark.parametrize(
+    "name, spoil",
+    [
+        ("manifest.json", nested),
+        (NOTE, no_text),
+        ("shard", claims_4_gigabytes),
+        *(
+            pytest.param(name, spoil, marks=pytest.mark.slow)
+            for name, spoil in itertools.product(
+                ("manifest.json", NOTE, "shard"), (nested, claims_4_gigabytes, no_text)
+            )
+        ),
+    ],
+)
 def test_a_bomb_is_a_damaged_file(name, spoil, model, recorded, capsys):
     folder, features = recorded
     path = shards_in(folder)[1] if name == "shard" else folder / name
@@ -168,8 +177,6 @@ def test_a_bomb_is_a_damaged_file(name, spoil, model, recorded, capsys):
 
 def test_a_header_that_claims_more_than_there_is_takes_no_memory(recorded):
     import tracemalloc
-
-    from keras_tl.features.store import _header_of
 
     path = recorded[0] / "claims"
     path.write_bytes(struct.pack("<II", 2**32 - 1, 0))
@@ -243,7 +250,7 @@ def write_mutated(path, draw):
     path.write_bytes(raw)
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(30))
 @given(data=st.data())
 def test_whatever_a_file_says_features_are_right_or_the_error_is_named(
     data, model, whole, tmp_path_factory
@@ -279,8 +286,8 @@ def in_use(monkeypatch):
 
         return change
 
-    monkeypatch.setattr(store, "_ON_WINDOWS", True)
-    monkeypatch.setattr(store, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(whole_files, "_ON_WINDOWS", True)
+    monkeypatch.setattr(whole_files, "_PAUSES", (0.0, 0.0))
     monkeypatch.setattr(os, "replace", guarded("replace", os.replace))
     monkeypatch.setattr(os, "unlink", guarded("unlink", os.unlink))
     return left
@@ -309,11 +316,8 @@ def test_a_file_that_another_process_has_written_and_reads_is_left(model, record
     with pytest.raises(OSError, match="could not be written"):
         record(model, folder.parent)
     shutil.copy(folder / "note", folder / NOTE)
-    files = store.DiskStore(
-        folder, json.loads((folder / "manifest.json").read_text())["content"]["identity"]
-    )
     in_use.update(replace=10)
-    files._put(NOTE, [(folder / NOTE).read_bytes()])
+    whole_files.put(folder, NOTE, [(folder / NOTE).read_bytes()])
     assert contents(record(model, folder.parent)) == features
 
 

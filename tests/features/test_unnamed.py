@@ -7,34 +7,22 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
-from keras_tl.features import extraction
+from keras_tl import FeatureCache, StaleCacheError
 from tests import models
 from tests.conftest import regression_data
+from tests.features.conftest import contents
+
+pytestmark = [pytest.mark.eager, pytest.mark.usefixtures("small_shards")]
 
 X, Y = regression_data(12)
 HELD_OUT = X[:8] + 1, Y[:8]
 
 
-@pytest.fixture(autouse=True)
-def _small_shards(monkeypatch):
-    monkeypatch.setattr(extraction, "SHARD_BATCHES", 2)
-
-
-@pytest.fixture(scope="module")
-def model():
-    return models.functional_outer(FrozenBackbone(models.functional(["dense"])))
-
-
 def cache_of(model, folder):
     cache = FeatureCache(model, cache_dir=folder)
-    return lambda x, y=None, **settings: _contents(
+    return lambda x, y=None, **settings: contents(
         cache(x, y, **{"batch_size": 2, "shuffle": False, "verbose": 0, **settings})
     )
-
-
-def _contents(dataset):
-    return [part.numpy().tobytes() for batch in dataset for part in batch]
 
 
 def arrays(x, y):
@@ -45,8 +33,15 @@ def shuffled(x, y):
     return (tf.data.Dataset.from_tensor_slices((x, y)).shuffle(12).batch(2),)
 
 
-@pytest.mark.parametrize("kind", [arrays, shuffled])
-@pytest.mark.parametrize("check_data", [True, False])
+@pytest.mark.parametrize(
+    "kind, check_data",
+    [
+        (arrays, False),
+        (shuffled, True),
+        pytest.param(arrays, True, marks=pytest.mark.slow),
+        pytest.param(shuffled, False, marks=pytest.mark.slow),
+    ],
+)
 def test_the_order_of_calls_does_not_matter(kind, check_data, model, tmp_path, batches_extracted):
     size = {} if kind is arrays else {"batch_size": None}
     train, held_out = kind(X, Y), kind(*HELD_OUT)
@@ -131,8 +126,15 @@ def interrupt(folder):
             path.unlink()
 
 
-@pytest.mark.parametrize("name", [None, "named"])
-@pytest.mark.parametrize("targets", [True, False])
+@pytest.mark.parametrize(
+    "name, targets",
+    [
+        (None, True),
+        pytest.param("named", True, marks=pytest.mark.slow),
+        ("named", False),
+        pytest.param(None, False, marks=pytest.mark.slow),
+    ],
+)
 def test_interrupted_views_of_augmented_data_go_on(
     name, targets, model, tmp_path, batches_extracted
 ):
@@ -163,7 +165,7 @@ def test_an_interrupted_extraction_of_shuffled_data_is_an_error_not_a_folder(mod
     assert sorted(path.name for path in tmp_path.iterdir()) == ["0", "1"]
 
 
-@pytest.mark.parametrize("on_disk", [False, True])
+@pytest.mark.parametrize("on_disk", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_batches_without_samples_and_fields_without_numbers(on_disk, model, tmp_path):
     def batches():
         for begin, end in [(0, 2), (2, 2), (2, 6)]:
@@ -218,7 +220,7 @@ def test_a_folder_is_the_same_after_a_change_of_directory(
     assert np.frombuffer(features[0], "float32").shape == (8,)
 
 
-@pytest.mark.parametrize("check_data", [True, False])
+@pytest.mark.parametrize("check_data", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_same_data_for_fit_and_for_evaluate_has_a_folder_for_each(check_data, model, tmp_path):
     for _ in range(2):
         cache = cache_of(model, tmp_path)

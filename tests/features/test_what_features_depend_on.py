@@ -10,6 +10,8 @@ from keras_tl.features import extraction
 from tests import models
 from tests.conftest import only_on, regression_data
 
+pytestmark = pytest.mark.eager
+
 X, Y = regression_data(22)
 
 
@@ -79,7 +81,13 @@ def by_a_global(x):
     ],
     ids=["activation", "dtype policy", "argument", "attribute", "function"],
 )
-@pytest.mark.parametrize("beside", [False, True], ids=["", "beside a layer without configuration"])
+@pytest.mark.parametrize(
+    "beside",
+    [
+        pytest.param(False, id="alone"),
+        pytest.param(True, id="beside a layer without configuration", marks=pytest.mark.slow),
+    ],
+)
 def test_another_layer_is_seen(before, after, beside, tmp_path):
     others = [Scale(1.0)] if beside else []
     record(wrapped(before(), *others), tmp_path)
