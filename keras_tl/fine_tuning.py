@@ -9,6 +9,7 @@ from typing import Any
 
 import keras
 
+from keras_tl.arguments import check_count
 from keras_tl.backbone.backbones import BackboneOf
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.features import FeatureCache
@@ -17,7 +18,6 @@ from keras_tl.features.splitting import UncacheableError
 from keras_tl.internals.batches import split_off_validation
 from keras_tl.internals.randomness import random_state
 from keras_tl.messages import say
-from keras_tl.stages.convergence import check_count
 from keras_tl.stages.joint_fits import JointFits
 
 

@@ -10,14 +10,12 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tl.arguments import check_can_be_set, check_count, check_number
 from keras_tl.backbone.backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import Selection, is_built
 from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.optimizers import GroupOptimizer
-from keras_tl.optimizers.learning_rates import check_number
 from keras_tl.stages import switching
-from keras_tl.stages.convergence import check_count
-from keras_tl.stages.warm_up import check_can_be_set
 
 
 def find_learning_rate(

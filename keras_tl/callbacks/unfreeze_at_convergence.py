@@ -14,6 +14,7 @@ from typing import Any
 
 import keras
 
+from keras_tl.arguments import check_can_be_set, check_count, check_min_delta, check_monitor
 from keras_tl.backbone import freezing
 from keras_tl.backbone.backbones import BackboneOf, changeable_weights, names_of_layers
 from keras_tl.backbone.selecting import Selection, is_built
@@ -26,8 +27,8 @@ from keras_tl.messages import say
 from keras_tl.optimizers.learning_rates import LearningRate
 from keras_tl.stages import early_stops, observers, switching, tensorboard
 from keras_tl.stages.best_weights import BestWeights
-from keras_tl.stages.convergence import ConvergenceMonitor, check_count, check_min_delta
-from keras_tl.stages.monitored_value import MonitoredValue, check_monitor
+from keras_tl.stages.convergence import ConvergenceMonitor
+from keras_tl.stages.monitored_value import MonitoredValue
 from keras_tl.stages.neighbours import check_neighbours
 from keras_tl.stages.optimizer_use import OptimizerUse
 from keras_tl.stages.progress import Progress, read
@@ -35,7 +36,7 @@ from keras_tl.stages.rate_watch import RateWatch, rates_set
 from keras_tl.stages.stage import DEFAULT_RATE, Stage, check_rate_is_default, check_stages
 from keras_tl.stages.staged_model import GO_ON, StagedModel
 from keras_tl.stages.transition import Transition
-from keras_tl.stages.warm_up import WarmUp, check_can_be_set, learning_rate_of
+from keras_tl.stages.warm_up import WarmUp, learning_rate_of
 from keras_tl.stages.words import what_next, why_ended, why_still_frozen
 
 

@@ -111,11 +111,3 @@ def _number(monitor: str, value: Any) -> float:
             '`F1Score(average="macro")`.'
         )
     return float(array.reshape(()))
-
-
-def check_monitor(monitor: str, mode: str) -> None:
-    """Raises a ValueError unless these can be the arguments of the callbacks that monitor."""
-    if not isinstance(monitor, str):
-        raise ValueError(f"`monitor` must be a name in the logs. Received: monitor={monitor!r}.")
-    if mode not in ("auto", "min", "max"):
-        raise ValueError(f'`mode` must be "auto", "min" or "max". Received: mode={mode!r}.')

@@ -10,16 +10,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tl.arguments import check_count, check_learning_rate, check_number
 from keras_tl.backbone.backbones import stay_frozen, unwrapped
 from keras_tl.backbone.blocks import split_by_depth
 from keras_tl.backbone.selecting import Backbone, Selection, check_selection
 from keras_tl.optimizers.learning_rates import (
     LayerwiseLearningRates,
     LearningRate,
-    check_learning_rate,
-    check_number,
 )
-from keras_tl.stages.convergence import check_count
 
 DEFAULT_RATE = 1e-5
 

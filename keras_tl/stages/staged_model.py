@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import keras
 
+from keras_tl.arguments import check_can_be_set
 from keras_tl.backbone import freezing
 from keras_tl.backbone.backbones import BackboneOf, Backbones, changeable_weights
 from keras_tl.backbone.selecting import is_built
@@ -17,7 +18,7 @@ from keras_tl.optimizers.learning_rates import LayerwiseLearningRates, LearningR
 from keras_tl.stages import switching
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.stage import DEFAULT_RATE, Stage
-from keras_tl.stages.warm_up import check_can_be_set, learning_rate_of
+from keras_tl.stages.warm_up import learning_rate_of
 
 GO_ON = (
     "To go on fine-tuning, freeze its BatchNormalization layers, compile with the low learning "

@@ -25,6 +25,7 @@ from typing import Any
 
 import keras
 
+from keras_tl.arguments import check_learning_rate
 from keras_tl.backbone import freezing
 from keras_tl.internals.models import (
     compiled_state,
@@ -48,7 +49,6 @@ from keras_tl.optimizers.assignment import Assignment
 from keras_tl.optimizers.learning_rates import (
     LayerwiseLearningRates,
     LearningRate,
-    check_learning_rate,
 )
 from keras_tl.optimizers.shifted_schedule import (
     begin_schedule,

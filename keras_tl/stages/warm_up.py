@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 
-from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.internals.values import on_host
 
 
@@ -77,24 +75,3 @@ def _updates(optimizer: keras.Optimizer) -> int:
 def learning_rate_of(optimizer: keras.Optimizer) -> float:
     """Returns the learning rate that an optimizer has now."""
     return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
-
-
-def check_can_be_set(what: str, *rates: Any) -> None:
-    """Raises a ValueError unless all learning rates are numbers.
-
-    Args:
-        what: String. Who needs that, for the message.
-        *rates: Learning rates as a `Stage` takes them, optimizers, or None.
-    """
-    for rate in rates:
-        if isinstance(rate, keras.Optimizer):
-            rate = without_loss_scale(rate).get_config()["learning_rate"]
-            numbers = isinstance(rate, float)
-        else:
-            numbers = rate is None or isinstance(rate, (float, Mapping))
-        if not numbers:
-            raise ValueError(
-                f"`{what}` needs learning rates that are numbers; a schedule or a function sets "
-                "the rate at each step itself. Give the schedule a warm-up (`CosineDecay` has one) "
-                f"or pass a number. Received: {rate!r}."
-            )
