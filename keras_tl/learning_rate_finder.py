@@ -128,6 +128,14 @@ class LearningRateRange:
         learning_rates: Tuple of floats, one for each step.
         losses: Tuple of floats. The loss of each step's batch.
         smoothed_losses: Tuple of floats. Their exponential moving average.
+
+    Example:
+
+    >>> rates = [10.0**exponent for exponent in range(-9, 1)]
+    >>> losses = [1.0, 1.0, 1.0, 0.9, 0.5, 0.1, 0.1, 0.2, 2.0, 9.0]
+    >>> found = LearningRateRange(tuple(rates), tuple(losses), tuple(losses))
+    >>> f"{found.suggestions['minimum']:.0e}"
+    '1e-06'
     """
 
     learning_rates: tuple[float, ...]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from keras_tl.errors import UncacheableError
 from keras_tl.features.extraction import Extraction
 from keras_tl.features.source import Samples, Source
-from keras_tl.features.splitting import SplitModel, UncacheableError
+from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import DiskStore, MemoryStore, Shard, ShardName
 
 # However many parts a file says that there are.

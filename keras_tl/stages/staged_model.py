@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
@@ -58,12 +59,18 @@ class StagedModel:
                 "to renew. Compile it with one; an overridden `compile` must set `self.optimizer`."
             )
         self._model = model
-        self._stages = stages
         self._exactly = exactly
         self._optimizer = optimizer
-        self._keeps_groups = self._has_groups_of_its_own()
+        self._keeps_groups = self._has_groups_of_its_own(stages)
+        has_rates = self._keeps_groups or optimizer is not None
+        self._stages = list(stages) if has_rates else [_with_rate(stage) for stage in stages]
         self.backbones = Backbones(model, backbone)
         self.check_stages()
+
+    @property
+    def stages(self) -> list[Stage]:
+        """List of `Stage`, each with a learning rate unless the optimizer's is meant."""
+        return self._stages
 
     @property
     def names(self) -> str:
@@ -125,7 +132,7 @@ class StagedModel:
                 "the model is compiled with the learning rate of a fine-tuning stage. If it was "
                 "saved in that stage and loaded, its file did not tell what was trainable, as that "
                 f"of a class of one's own may not. {GO_ON}",
-                stacklevel=3,
+                stacklevel=5,
             )
         with switching.all_or_nothing(self._model):
             self.backbones.freeze()
@@ -177,10 +184,9 @@ class StagedModel:
         self.backbones.unfreeze(stage.layers, stage.train_batchnorm)
         after = self._model.trainable_weights
         changing = [*freezing.without(after, before), *freezing.without(before, after)]
-        own_rate = self._optimizer is not None and not self._exactly
         switching.renew_training(
             self._model,
-            None if own_rate or self._keeps_groups else self._rate_of(stage),
+            self._rate_of(stage),
             head_learning_rate=stage.head_learning_rate,
             optimizer=self._optimizer,
             trained=before,
@@ -242,24 +248,19 @@ class StagedModel:
             for weight in freezing.without(self._model.trainable_weights, before):
                 rates.of(weight)
 
-    def _has_groups_of_its_own(self) -> bool:
+    def _has_groups_of_its_own(self, stages: Sequence[Stage]) -> bool:
         """Whether the model has the groups that it was compiled with, in whichever stage it is.
 
         Groups that a switch makes come with learning rates, for which `_check_groups` has no place.
         """
         compiled = without_loss_scale(self._model.optimizer)
         grouped = self._optimizer is None and isinstance(compiled, GroupOptimizer)
-        return grouped and self._leaves_rates()
-
-    def _leaves_rates(self) -> bool:
-        """Whether no stage says a learning rate."""
-        only = self._stages[0]
-        rates = only.learning_rate, only.head_learning_rate
-        return not self._exactly and rates == (DEFAULT_RATE, None)
+        rates = [rate for one in stages for rate in (one.learning_rate, one.head_learning_rate)]
+        return grouped and not self._exactly and rates == [None, None]
 
     def _check_groups(self, compiled: GroupOptimizer) -> None:
         only = self._stages[0]
-        if not self._leaves_rates():
+        if not self._keeps_groups:
             raise ValueError(
                 f"The model is compiled with the GroupOptimizer {compiled.name!r}, whose groups "
                 "have their own learning rates, so `learning_rate`, `head_learning_rate` and "
@@ -273,7 +274,7 @@ class StagedModel:
         """The name of the parameter group of what joins in a stage."""
         return f"backbone_{stage}" if self._exactly else "backbone"
 
-    def _rate_of(self, stage: Stage) -> LearningRate | LayerwiseLearningRates:
+    def _rate_of(self, stage: Stage) -> LearningRate | LayerwiseLearningRates | None:
         if isinstance(stage.learning_rate, Mapping):
             return self._layerwise(stage.learning_rate)
         return stage.learning_rate
@@ -284,3 +285,10 @@ class StagedModel:
         # A callback may be used again with a model made anew, whose layers have the same names.
         own = [weight for layer in self.backbones.members for weight in layer.weights]
         return rates if rates.is_for(own) else rates.for_backbone(self.backbones.layers)
+
+
+def _with_rate(stage: Stage) -> Stage:
+    """Returns a stage with the default where neither it nor an optimizer says a learning rate."""
+    if stage.learning_rate is not None:
+        return stage
+    return dataclasses.replace(stage, learning_rate=DEFAULT_RATE)
