@@ -1,17 +1,24 @@
 """Drop-in Keras 3 callbacks and layers for transfer learning."""
 
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
-from keras_tl.errors import FrozenWeightsChangedError, StaleCacheError, StaleCompileError
+from keras_tl.errors import (
+    FrozenWeightsChangedError,
+    StaleCacheError,
+    StaleCompileError,
+    UncacheableError,
+)
 from keras_tl.features import FeatureCache
 from keras_tl.fine_tuning import fine_tune
+from keras_tl.internals.checked import UnsupportedKerasError
 from keras_tl.layers import FrozenBackbone
-from keras_tl.learning_rate_finder import find_learning_rate
+from keras_tl.learning_rate_finder import LearningRateRange, find_learning_rate
 from keras_tl.optimizers import GroupOptimizer
 from keras_tl.optimizers.learning_rates import layerwise_learning_rates
-from keras_tl.reporting import trainable_report
+from keras_tl.reporting import TrainableReport, trainable_report
 from keras_tl.stages.convergence import ConvergenceMonitor
 from keras_tl.stages.stage import Stage
 from keras_tl.stages.switching import renew_optimizer
+from keras_tl.stages.transition import Transition
 from keras_tl.version import __version__
 from keras_tl.visualization import plot_stages, plot_trainable
 
@@ -22,10 +29,15 @@ __all__ = [
     "FrozenBackbone",
     "FrozenWeightsChangedError",
     "GroupOptimizer",
+    "LearningRateRange",
     "Stage",
     "StaleCacheError",
     "StaleCompileError",
+    "TrainableReport",
+    "Transition",
+    "UncacheableError",
     "UnfreezeAtConvergence",
+    "UnsupportedKerasError",
     "__version__",
     "find_learning_rate",
     "fine_tune",

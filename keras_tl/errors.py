@@ -194,3 +194,26 @@ class StaleCacheError(ValueError):
     ...     print(str(error).split("Changed: ")[1][:10])
     the inputs
     """
+
+
+class UncacheableError(ValueError):
+    """The features of this model or of this data cannot be recorded, as they may change.
+
+    `fine_tune` then trains the head through the backbone instead.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> from keras_tl import FeatureCache, FrozenBackbone, UncacheableError
+    >>> pretrained = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)])
+    >>> augmentation = keras.layers.GaussianNoise(0.1)
+    >>> model = keras.Sequential(
+    ...     [keras.Input((8,)), augmentation, FrozenBackbone(pretrained), keras.layers.Dense(1)]
+    ... )
+    >>> try:
+    ...     features = FeatureCache(model)(np.ones((32, 8)), verbose=0)
+    ... except UncacheableError as error:
+    ...     print("views" in str(error))
+    True
+    """

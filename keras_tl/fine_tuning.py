@@ -9,15 +9,15 @@ from typing import Any
 
 import keras
 
+from keras_tl.arguments import check_count
 from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
+from keras_tl.errors import UncacheableError
 from keras_tl.features import FeatureCache
 from keras_tl.features.same_epochs import check_training_data, check_validation_data, never_ends
-from keras_tl.features.splitting import UncacheableError
 from keras_tl.internals.batches import split_off_validation
 from keras_tl.internals.randomness import random_state
 from keras_tl.messages import say
-from keras_tl.stages.convergence import check_count
 from keras_tl.stages.joint_fits import JointFits
 
 
@@ -30,11 +30,11 @@ def fine_tune(
     validation_data: Any = None,
     validation_split: float = 0.0,
     epochs: int = 100,
-    learning_rate: Any = 1e-5,
+    learning_rate: Any = None,
     backbone: BackboneOf | None = None,
     monitor: str | None = None,
     patience: int = 3,
-    fine_tune_patience: int | None = None,
+    fine_tune_patience: int | None = 3,
     cache_dir: str | os.PathLike[str] | None = None,
     views: int | None = None,
     dtype: str | None = None,
@@ -77,14 +77,16 @@ def fine_tune(
         epochs: Int. The maximum number of epochs, of both stages. Defaults to `100`.
         learning_rate: The learning rate of fine-tuning: a float, `LearningRateSchedule` or
             callable; or a dictionary from names of layers to floats, such as
-            `layerwise_learning_rates` returns. Defaults to `1e-5`.
+            `layerwise_learning_rates` returns. Defaults to `None`: that of `optimizer`, those of
+            the model's own `GroupOptimizer`, or else `1e-5`.
         backbone: The layer, model or list of layers to unfreeze, their names, or a function of the
             model that returns them. Defaults to every `FrozenBackbone` in the model.
         monitor: String. The quantity in the logs to judge convergence by. Defaults to `None`:
             `"val_loss"`, or `"loss"` without `validation_data`.
         patience: Int. Epochs without improvement after which the head has converged. Defaults to
             `3`.
-        fine_tune_patience: Int. The same for fine-tuning. Defaults to `None`: as `patience`.
+        fine_tune_patience: Int or None. Epochs without improvement after which fine-tuning stops.
+            None trains to the last epoch. Defaults to `3`.
         cache_dir: String or path. The folder to keep features in, for this and later runs. Defaults
             to `None`: in memory.
         views: Int k. Records k random passes if there are random layers; see `FeatureCache`.
@@ -148,7 +150,7 @@ def fine_tune(
         backbone=backbone,
         monitor=monitor or ("loss" if validation_data is None else "val_loss"),
         patience=patience,
-        fine_tune_patience=patience if fine_tune_patience is None else fine_tune_patience,
+        fine_tune_patience=fine_tune_patience,
         verbose=says,
         **unfreezing,
     )

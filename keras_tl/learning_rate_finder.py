@@ -10,13 +10,11 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tl.arguments import check_can_be_set, check_count, check_number
 from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import Selection, is_built
 from keras_tl.optimizers.groups import group_optimizer
-from keras_tl.optimizers.learning_rates import check_number
 from keras_tl.stages import switching
-from keras_tl.stages.convergence import check_count
-from keras_tl.stages.warm_up import check_can_be_set
 
 
 def find_learning_rate(
@@ -128,6 +126,14 @@ class LearningRateRange:
         learning_rates: Tuple of floats, one for each step.
         losses: Tuple of floats. The loss of each step's batch.
         smoothed_losses: Tuple of floats. Their exponential moving average.
+
+    Example:
+
+    >>> rates = [10.0**exponent for exponent in range(-9, 1)]
+    >>> losses = [1.0, 1.0, 1.0, 0.9, 0.5, 0.1, 0.1, 0.2, 2.0, 9.0]
+    >>> found = LearningRateRange(tuple(rates), tuple(losses), tuple(losses))
+    >>> f"{found.suggestions['minimum']:.0e}"
+    '1e-06'
     """
 
     learning_rates: tuple[float, ...]

@@ -48,6 +48,13 @@ class TrainableReport:
     Attributes:
         layers: Tuple of `LayerReport`.
         total: `LayerReport` of the whole model, in which shared weights count once.
+
+    Example:
+
+    >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
+    >>> report = trainable_report(model)
+    >>> report.total.trainable
+    3
     """
 
     layers: tuple[LayerReport, ...]

@@ -30,7 +30,7 @@ from keras_tl.version import __version__
 
 _COMPILED = ("loss", "loss_weights", "metrics", "weighted_metrics")
 # Which of a callback's arguments may change, and which `Stage` says.
-_FREE = {"self", "backbone", "backup_dir", "save_freq", "delete_checkpoint", "verbose"}
+_FREE = {"self", "backbone", "backup_dir", "delete_checkpoint", "verbose"}
 _OF_STAGES = {"learning_rate", "layers", "train_batchnorm", "stages", "head_learning_rate"}
 _SHOWN = 5
 

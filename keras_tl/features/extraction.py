@@ -12,11 +12,12 @@ from typing import Any, Self
 import keras
 import numpy as np
 
+from keras_tl.errors import UncacheableError
 from keras_tl.features.probe import Probe, same_features
 from keras_tl.features.records import Records
 from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Samples, Source
-from keras_tl.features.splitting import SplitModel, UncacheableError
+from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import Shard, ShardName, Store
 from keras_tl.internals.batches import predictions
 from keras_tl.internals.layers import own_state, seed_states

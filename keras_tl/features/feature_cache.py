@@ -13,6 +13,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tl.arguments import check_count
 from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.features.disk_store import DiskStore
 from keras_tl.features.identity import identity_of
@@ -25,7 +26,6 @@ from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import MemoryStore, Store
 from keras_tl.features.unnamed import folder_for
-from keras_tl.stages.convergence import check_count
 
 _DTYPES = (None, "float32", "float16", "bfloat16")
 _ON_WINDOWS = os.name == "nt"

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+from keras_tl.errors import UncacheableError
 from keras_tl.features.extraction import Extraction
 from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Samples, Source
-from keras_tl.features.splitting import SplitModel, UncacheableError
+from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import Shard, ShardName, Store
 
 # How many missing parts a message names: a file may claim that there are millions.

@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 import tensorflow as tf
 
-from keras_tl.features.splitting import UncacheableError
+from keras_tl.errors import UncacheableError
 
 _DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16)}
 

@@ -9,8 +9,8 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from keras_tl.errors import UncacheableError
 from keras_tl.features.source import Samples, Source
-from keras_tl.features.splitting import UncacheableError
 from keras_tl.internals.batches import batch_count
 
 

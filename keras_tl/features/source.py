@@ -11,7 +11,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tl.features.splitting import UncacheableError
+from keras_tl.errors import UncacheableError
 from keras_tl.internals.batches import batches_of
 
 

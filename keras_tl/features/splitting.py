@@ -9,6 +9,7 @@ import keras
 
 from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import describe, flatten_layers
+from keras_tl.errors import UncacheableError
 from keras_tl.features.agreement import difference
 from keras_tl.internals.batches import predictions
 from keras_tl.internals.graphs import (
@@ -29,10 +30,6 @@ from keras_tl.internals.models import (
 )
 from keras_tl.messages import some
 from keras_tl.stages import switching
-
-
-class UncacheableError(ValueError):
-    """What is before the backbone's outputs, or the data, does not allow to record them."""
 
 
 class SplitModel:

@@ -16,7 +16,17 @@ _Result = TypeVar("_Result")
 
 
 class UnsupportedKerasError(RuntimeError):
-    """This version of Keras lacks an internal part that keras_tl needs."""
+    """This version of Keras lacks an internal part that keras_tl needs.
+
+    Example:
+
+    >>> from keras_tl import UnsupportedKerasError
+    >>> try:
+    ...     raise UnsupportedKerasError("'Layer' has no '_sublayers'", "3.15.0 to 3.15.1")
+    ... except UnsupportedKerasError as error:
+    ...     print(str(error)[-79:])
+    checked with Keras 3.15.0 to 3.15.1: install one of these, or a newer keras_tl.
+    """
 
     def __init__(self, lacks: object, versions: str):
         super().__init__(

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import keras
-import numpy as np
 
+from keras_tl.arguments import check_number
 from keras_tl.backbone.blocks import split_into_blocks, warn_of_one_block
 from keras_tl.backbone.model_backbones import unwrapped
 from keras_tl.backbone.selecting import Backbone, describe, named_layers, no_such_layer, roots
@@ -18,39 +17,6 @@ from keras_tl.internals.layers import own_trainable_weights
 LearningRate: TypeAlias = (
     float | keras.optimizers.schedules.LearningRateSchedule | Callable[[], float]
 )
-
-
-def check_learning_rate(learning_rate: Any, argument: str = "learning_rate") -> LearningRate:
-    """Returns the learning rate as an optimizer takes it: numbers as a Python float.
-
-    Raises:
-        ValueError: If it is a number that is not finite and above 0, or not a number, schedule or
-            callable.
-    """
-    if isinstance(learning_rate, keras.optimizers.schedules.LearningRateSchedule) or callable(
-        learning_rate
-    ):
-        return learning_rate
-    is_number = isinstance(learning_rate, (int, float, np.number)) and not isinstance(
-        learning_rate, bool
-    )
-    if is_number and math.isfinite(learning_rate) and learning_rate > 0:
-        return float(learning_rate)
-    raise ValueError(
-        f"`{argument}` must be a finite number above 0, a `LearningRateSchedule` or a callable "
-        f"without arguments. Received: {argument}={learning_rate!r}."
-    )
-
-
-def check_number(learning_rate: Any, argument: str) -> float:
-    """Returns a learning rate that must be a number, as a Python float."""
-    rate = check_learning_rate(learning_rate, argument)
-    if isinstance(rate, float):
-        return rate
-    raise ValueError(
-        f"`{argument}` must be a number here. For a rate that changes, use the callback "
-        f"`LearningRateScheduler`, which scales all alike. Received: {argument}={learning_rate!r}."
-    )
 
 
 def layerwise_learning_rates(

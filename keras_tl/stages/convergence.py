@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_tl.arguments import check_count, check_min_delta
+
 
 class ConvergenceMonitor:
     """Says when a monitored value has not improved for `patience` epochs.
@@ -113,21 +115,3 @@ class ConvergenceMonitor:
             if self.mode == "min":
                 return bool(self.dtype.type(value + self.min_delta) < best)
             return bool(self.dtype.type(value - self.min_delta) > best)
-
-
-def check_count(name: str, value: int, at_least: int = 0) -> None:
-    """Raises a ValueError unless `value` is an int of at least `at_least`."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < at_least:
-        raise ValueError(
-            f"`{name}` must be an int of at least {at_least}. Received: {name}={value!r}."
-        )
-
-
-def check_min_delta(value: float) -> None:
-    """Raises a ValueError unless `value` is a finite number."""
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float, np.number))
-        or not np.isfinite(value)
-    ):
-        raise ValueError(f"`min_delta` must be a finite number. Received: min_delta={value!r}.")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -30,12 +31,16 @@ def observers(early_stopping: Sequence[keras.callbacks.Callback]) -> list[_Aroun
     return around
 
 
-def stopped_early(model: keras.Model) -> bool:
-    """Returns whether EarlyStopping, and nothing else, has stopped training."""
+def stopped_early(model: keras.Model, logs: Mapping[str, Any]) -> bool:
+    """Returns whether EarlyStopping, and nothing else, has stopped training that had converged.
+
+    EarlyStopping also stops where nothing improves since the loss is NaN. That is its own business:
+    no stage can follow.
+    """
     stopped = model.stop_training
     if isinstance(stopped, _StoppedEarly):
         model.stop_training = True
-        return True
+        return math.isfinite(logs.get("loss", 0.0))
     return False
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import keras
@@ -17,11 +18,15 @@ class MonitoredValue:
     Args:
         monitor: String. Its name in the logs.
         mode: `"auto"`, `"min"` or `"max"`, as in `keras.callbacks.EarlyStopping`.
-        model: The compiled model.
+        model: The compiled model, whose metrics say which way they improve. Only needed for the
+            mode `"auto"`.
+
+    Attributes:
+        name: String. The quantity's name in the logs.
     """
 
-    def __init__(self, monitor: str, mode: str, model: keras.Model):
-        self._monitor = monitor
+    def __init__(self, monitor: str, mode: str, model: keras.Model | None = None):
+        self.name = monitor
         self._mode = mode
         self._model = model
         self._read = False
@@ -36,15 +41,15 @@ class MonitoredValue:
             ValueError: If Keras cannot tell for this quantity.
         """
         if self._mode == "auto":
-            probe = keras.callbacks.EarlyStopping(self._monitor, patience=2)
+            probe = keras.callbacks.EarlyStopping(self.name, patience=2)
             probe.set_model(self._model)
             try:
                 probe.on_train_begin()
-                probe.on_epoch_end(0, {self._monitor: 0.0})
-                probe.on_epoch_end(1, {self._monitor: 1.0})
+                probe.on_epoch_end(0, {self.name: 0.0})
+                probe.on_epoch_end(1, {self.name: 1.0})
             except ValueError as error:
                 raise ValueError(
-                    f"Cannot tell whether {self._monitor!r} improves by rising or by falling. Pass "
+                    f"Cannot tell whether {self.name!r} improves by rising or by falling. Pass "
                     '`mode="max"` or `mode="min"`.'
                 ) from error
             self._mode = "max" if probe.best == 1.0 else "min"
@@ -55,7 +60,7 @@ class MonitoredValue:
         """Whether the logs have had it."""
         return self._seen
 
-    def read(self, logs: dict[str, Any], *, validates: bool | None = None) -> float | None:
+    def read(self, logs: Mapping[str, Any], *, validates: bool | None = None) -> float | None:
         """Returns the value, or None in an epoch in which `fit` did not validate.
 
         Of several processes that train one model, the first one's: all must decide the same, and
@@ -71,13 +76,13 @@ class MonitoredValue:
                 message lists what they have); and if it is not one number.
         """
         first, self._read = not self._read, True
-        if self._monitor in logs:
+        if self.name in logs:
             self._seen = True
-            return float(of_chief(_number(self._monitor, logs[self._monitor])))
+            return float(of_chief(_number(self.name, logs[self.name])))
         if self._seen:
             return None
         message = (
-            f"`monitor={self._monitor!r}` is not in the logs. Available: "
+            f"`monitor={self.name!r}` is not in the logs. Available: "
             f"{', '.join(sorted(logs))}. Pass one of these, or validation data to `fit`; a "
             "callback that adds it to the logs must come before this one."
         )
@@ -91,14 +96,14 @@ class MonitoredValue:
             warnings.warn(f"{message}{waiting}", stacklevel=2)
         return None
 
-    def _never_comes(self, logs: dict[str, Any], validates: bool | None) -> bool:
+    def _never_comes(self, logs: Mapping[str, Any], validates: bool | None) -> bool:
         """Whether no later epoch has it either, after one without validation.
 
         What `fit` does not measure itself may be of a callback that validates now and then.
         """
-        if not self._monitor.startswith("val_"):
+        if not self.name.startswith("val_"):
             return True
-        return validates is False and self._monitor.removeprefix("val_") in logs
+        return validates is False and self.name.removeprefix("val_") in logs
 
 
 def _number(monitor: str, value: Any) -> float:
@@ -111,11 +116,3 @@ def _number(monitor: str, value: Any) -> float:
             '`F1Score(average="macro")`.'
         )
     return float(array.reshape(()))
-
-
-def check_monitor(monitor: str, mode: str) -> None:
-    """Raises a ValueError unless these can be the arguments of the callbacks that monitor."""
-    if not isinstance(monitor, str):
-        raise ValueError(f"`monitor` must be a name in the logs. Received: monitor={monitor!r}.")
-    if mode not in ("auto", "min", "max"):
-        raise ValueError(f'`mode` must be "auto", "min" or "max". Received: mode={mode!r}.')

@@ -101,4 +101,4 @@ def _check_plateau(its: int, ours: int) -> None:
 
 
 def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)
+    warnings.warn(message, stacklevel=6)

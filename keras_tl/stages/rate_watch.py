@@ -217,5 +217,5 @@ def _warn(
         f"{who} has set {what} to {rate:.4g} in epoch {epoch + 1}, which UnfreezeAtConvergence had "
         f"set to {limit:.4g}. {advice}; or drop it, and pass a `LearningRateSchedule` to the "
         "optimizer and to `learning_rate`, which begins at the switch.",
-        stacklevel=5,
+        stacklevel=6,
     )

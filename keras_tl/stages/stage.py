@@ -10,16 +10,14 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tl.arguments import check_count, check_learning_rate, check_number
 from keras_tl.backbone.blocks import split_by_depth
 from keras_tl.backbone.model_backbones import stay_frozen, unwrapped
 from keras_tl.backbone.selecting import Backbone, Selection, check_selection
 from keras_tl.optimizers.learning_rates import (
     LayerwiseLearningRates,
     LearningRate,
-    check_learning_rate,
-    check_number,
 )
-from keras_tl.stages.convergence import check_count
 
 DEFAULT_RATE = 1e-5
 
@@ -40,6 +38,7 @@ class Stage:
         layers: Which layers of the backbone train; see `FrozenBackbone.unfreeze`.
         learning_rate: Float, `LearningRateSchedule` or callable, as an optimizer takes it; or a
             dictionary from names of layers to floats, such as `layerwise_learning_rates` returns.
+            None: that of the callback's `optimizer`, or else `1e-5`.
         head_learning_rate: Float, `LearningRateSchedule` or callable. If given, the head keeps its
             optimizer's state and gets this rate, layers that trained in the stage before keep
             their state and rate, and layers that join get `learning_rate` in a new parameter group.
@@ -69,7 +68,7 @@ class Stage:
     """
 
     layers: Selection
-    learning_rate: LearningRate | Mapping[str, float]
+    learning_rate: LearningRate | Mapping[str, float] | None
     _: dataclasses.KW_ONLY
     head_learning_rate: LearningRate | None = None
     patience: int | None = None
@@ -84,7 +83,7 @@ class Stage:
             # Those by `layerwise_learning_rates` know their backbone, and are floats already.
             if not isinstance(rate, LayerwiseLearningRates):
                 object.__setattr__(self, "learning_rate", rates)
-        else:
+        elif rate is not None:
             object.__setattr__(self, "learning_rate", check_learning_rate(rate))
         if self.head_learning_rate is not None:
             rate = check_learning_rate(self.head_learning_rate, "head_learning_rate")
@@ -223,7 +222,7 @@ def check_stages(stages: Any, *, instead_of: Stage) -> list[Stage]:
     Raises:
         ValueError: If it is none, or is empty.
     """
-    if instead_of != Stage("all", DEFAULT_RATE):
+    if instead_of != Stage("all", None):
         raise ValueError(
             "`stages` says for each stage what trains and how fast. Leave out `layers`, "
             "`learning_rate`, `train_batchnorm` and `head_learning_rate`, and give them to each "
@@ -237,13 +236,13 @@ def check_stages(stages: Any, *, instead_of: Stage) -> list[Stage]:
     return [stage if isinstance(stage, Stage) else Stage.from_dict(stage) for stage in stages]
 
 
-def check_rate_is_default(stage: Stage, optimizer: keras.Optimizer) -> None:
-    """Raises a ValueError if an optimizer, with its own learning rate, leaves the stage's lost."""
-    if stage.learning_rate != DEFAULT_RATE:
+def check_one_rate(learning_rate: Any, optimizer: keras.Optimizer) -> None:
+    """Raises a ValueError if there is a learning rate beside an optimizer that has its own."""
+    if learning_rate is not None:
         raise ValueError(
-            f"`optimizer` brings its own learning rate, so `learning_rate={stage.learning_rate!r}` "
-            "would be lost. Leave it out, and make the optimizer with it: "
-            f"`{type(optimizer).__name__}({stage.learning_rate!r})`."
+            f"`optimizer` brings its own learning rate, so `learning_rate={learning_rate!r}` would "
+            "be lost. Leave it out, and make the optimizer with it: "
+            f"`{type(optimizer).__name__}({learning_rate!r})`."
         )
 
 
@@ -285,6 +284,8 @@ def _rate(value: Any) -> Any:
 
 
 def _shown(rate: LearningRate | None) -> str:
+    if rate is None:
+        return "of the optimizer"
     if isinstance(rate, float):
         return f"{rate:.4g}"
     schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)

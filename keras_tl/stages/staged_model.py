@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Mapping, Sequence
 
 import keras
 
+from keras_tl.arguments import check_can_be_set
 from keras_tl.backbone import freezing
 from keras_tl.backbone.changeable import changeable_weights
 from keras_tl.backbone.model_backbones import BackboneOf, Backbones
@@ -19,7 +21,6 @@ from keras_tl.optimizers.learning_rates import LayerwiseLearningRates, LearningR
 from keras_tl.stages import switching
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.stage import DEFAULT_RATE, Stage
-from keras_tl.stages.warm_up import check_can_be_set
 
 GO_ON = (
     "To go on fine-tuning, freeze its BatchNormalization layers, compile with the low learning "
@@ -62,12 +63,18 @@ class StagedModel:
                 "to renew. Compile it with one; an overridden `compile` must set `self.optimizer`."
             )
         self._model = model
-        self._stages = stages
         self._exactly = exactly
         self._optimizer = optimizer
-        self._keeps_groups = self._has_groups_of_its_own()
+        self._keeps_groups = self._has_groups_of_its_own(stages)
+        has_rates = self._keeps_groups or optimizer is not None
+        self._stages = list(stages) if has_rates else [_with_rate(stage) for stage in stages]
         self.backbones = Backbones(model, backbone)
         self.check_stages()
+
+    @property
+    def stages(self) -> list[Stage]:
+        """List of `Stage`, each with a learning rate unless the optimizer's is meant."""
+        return self._stages
 
     @property
     def names(self) -> str:
@@ -130,7 +137,7 @@ class StagedModel:
                 "the model is compiled with the learning rate of a fine-tuning stage. If it was "
                 "saved in that stage and loaded, its file did not tell what was trainable, as that "
                 f"of a class of one's own may not. {GO_ON}",
-                stacklevel=3,
+                stacklevel=5,
             )
         with switching.all_or_nothing(self._model):
             self.backbones.freeze()
@@ -182,11 +189,10 @@ class StagedModel:
         after = self._model.trainable_weights
         # The loss has the regularizers of what trains, so a kept evaluation would be stale.
         changing = [*freezing.without(after, before), *freezing.without(before, after)]
-        own_rate = self._optimizer is not None and not self._exactly
         switching.renew_training(
             self._model,
-            # An `optimizer` without `stages` brings its own rate, as groups of the user's do.
-            None if own_rate or self._keeps_groups else self._rate_of(stage),
+            # None keeps the rate of `optimizer`, and those of the groups that the user made.
+            self._rate_of(stage),
             head_learning_rate=stage.head_learning_rate,
             optimizer=self._optimizer,
             trained=before,
@@ -243,12 +249,14 @@ class StagedModel:
             for weight in freezing.without(self._model.trainable_weights, before):
                 rates.of(weight)
 
-    def _has_groups_of_its_own(self) -> bool:
+    def _has_groups_of_its_own(self, stages: Sequence[Stage]) -> bool:
         """Whether the model has the groups that it was compiled with, in whichever stage it is.
 
         Groups that a switch makes come with learning rates, for which `_check_groups` has no place.
         """
-        return self._compiled_groups() is not None and self._leaves_rates()
+        rates = [rate for one in stages for rate in (one.learning_rate, one.head_learning_rate)]
+        grouped = self._compiled_groups() is not None
+        return grouped and not self._exactly and rates == [None, None]
 
     def _compiled_groups(self) -> GroupOptimizer | None:
         """The model's own groups, None where a switch does not keep them or there are none."""
@@ -258,15 +266,9 @@ class StagedModel:
         """Whether a switch gives the head and what joins it groups of their own."""
         return any(one.head_learning_rate is not None or one.layerwise for one in self._stages)
 
-    def _leaves_rates(self) -> bool:
-        """Whether no stage says a learning rate."""
-        only = self._stages[0]
-        rates = only.learning_rate, only.head_learning_rate
-        return not self._exactly and rates == (DEFAULT_RATE, None)
-
     def _check_groups(self, compiled: GroupOptimizer) -> None:
         only = self._stages[0]
-        if not self._leaves_rates():
+        if not self._keeps_groups:
             raise ValueError(
                 f"The model is compiled with the GroupOptimizer {compiled.name!r}, whose groups "
                 "have their own learning rates, so `learning_rate`, `head_learning_rate` and "
@@ -280,7 +282,7 @@ class StagedModel:
         """The name of the parameter group of what joins in a stage."""
         return f"backbone_{stage}" if self._exactly else "backbone"
 
-    def _rate_of(self, stage: Stage) -> LearningRate | LayerwiseLearningRates:
+    def _rate_of(self, stage: Stage) -> LearningRate | LayerwiseLearningRates | None:
         if isinstance(stage.learning_rate, Mapping):
             return self._layerwise(stage.learning_rate)
         return stage.learning_rate
@@ -291,3 +293,10 @@ class StagedModel:
         # A callback may be used again with a model made anew, whose layers have the same names.
         own = [weight for layer in self.backbones.members for weight in layer.weights]
         return rates if rates.is_for(own) else rates.for_backbone(self.backbones.layers)
+
+
+def _with_rate(stage: Stage) -> Stage:
+    """Returns a stage with the default where neither it nor an optimizer says a learning rate."""
+    if stage.learning_rate is not None:
+        return stage
+    return dataclasses.replace(stage, learning_rate=DEFAULT_RATE)

@@ -33,6 +33,7 @@ from typing import Any
 
 import keras
 
+from keras_tl.arguments import check_learning_rate
 from keras_tl.backbone import freezing
 from keras_tl.internals.models import (
     compiled_state,
@@ -57,7 +58,6 @@ from keras_tl.optimizers.groups import group_optimizer, groups_of, newest_group
 from keras_tl.optimizers.learning_rates import (
     LayerwiseLearningRates,
     LearningRate,
-    check_learning_rate,
 )
 from keras_tl.optimizers.shifted_schedule import (
     begin_schedule,

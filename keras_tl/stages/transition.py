@@ -33,6 +33,21 @@ class Transition:
             frozen whatever is unfrozen: quantized kernels, and kernels under LoRA.
         unfrozen_early: Tuple of strings. The names of the layers that something else has unfrozen
             in the stage that ended. Not all backends train such before the model is compiled again.
+
+    Example:
+
+    >>> import keras
+    >>> import numpy as np
+    >>> from keras_tl import FrozenBackbone, UnfreezeAtConvergence
+    >>> pretrained = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4, name="top")])
+    >>> model = keras.Sequential([FrozenBackbone(pretrained), keras.layers.Dense(1)])
+    >>> model.compile("adam", "mse")
+    >>> callback = UnfreezeAtConvergence(monitor="loss", max_frozen_epochs=1, verbose=0)
+    >>> x, y = np.ones((32, 8)), np.ones((32, 1))
+    >>> history = model.fit(x, y, epochs=2, callbacks=[callback], verbose=0)
+    >>> transition = callback.transitions[0]
+    >>> transition.epoch, transition.reason, transition.layers
+    (1, 'max_frozen_epochs', ('top',))
     """
 
     epoch: int
@@ -55,6 +70,12 @@ class Transition:
     def from_dict(cls, values: Mapping[str, Any]) -> Transition:
         """Returns the record that `dataclasses.asdict` and JSON have made a dictionary of.
 
+        Args:
+            values: The dictionary.
+
+        Returns:
+            A `Transition`.
+
         Raises:
             ValueError: If it is no such dictionary.
         """
@@ -75,6 +96,9 @@ class Transition:
             what: String. What the callback does, after its name.
             why: String. What the reason means.
             then: String. What happens next.
+
+        Returns:
+            A string of several lines.
         """
         best = "" if self.value is None else f" (best {self.value:.4g})"
         rates = self.group_learning_rates.items()

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import keras
 import numpy as np
 
-from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.internals.values import on_host
 from keras_tl.optimizers.groups import learning_rate_of
 
@@ -75,24 +73,3 @@ class WarmUp:
 def _updates(optimizer: keras.Optimizer) -> int:
     # Not steps: with gradient accumulation, only an update uses the rate.
     return int(on_host(optimizer.iterations))
-
-
-def check_can_be_set(what: str, *rates: Any) -> None:
-    """Raises a ValueError unless all learning rates are numbers.
-
-    Args:
-        what: String. Who needs that, for the message.
-        *rates: Learning rates as a `Stage` takes them, optimizers, or None.
-    """
-    for rate in rates:
-        if isinstance(rate, keras.Optimizer):
-            rate = without_loss_scale(rate).get_config()["learning_rate"]
-            numbers = isinstance(rate, float)
-        else:
-            numbers = rate is None or isinstance(rate, (float, Mapping))
-        if not numbers:
-            raise ValueError(
-                f"`{what}` needs learning rates that are numbers; a schedule or a function sets "
-                "the rate at each step itself. Give the schedule a warm-up (`CosineDecay` has one) "
-                f"or pass a number. Received: {rate!r}."
-            )

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from keras_tl.arguments import check_count
 from keras_tl.messages import some
-from keras_tl.stages.convergence import check_count
 
 
 class LoggedEpochs:

@@ -421,11 +421,6 @@ def test_a_backup_of_another_run_is_refused(tmp_path, arguments, words):
         fit(model, callback(tmp_path, **arguments))
 
 
-def test_refuses_backups_within_an_epoch():
-    with pytest.raises(ValueError, match='`save_freq` must be "epoch"'):
-        callback(save_freq=100)
-
-
 def test_a_backup_of_another_optimizer_changes_nothing(tmp_path):
     model, _ = build()
     with pytest.raises(Interruption):

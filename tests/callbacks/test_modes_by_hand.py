@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
-from keras_tl.internals.optimizers import averages
+from keras_tl.internals.optimizers import moving_averages
 from keras_tl.internals.values import on_host
 from tests import models
 from tests.conftest import (
@@ -195,7 +195,7 @@ def test_over_a_switch(mode):
 def test_averages_are_what_remains_after_a_switch():
     with made(Mode(optimizer=averaged)) as (model, _):
         fit(model, 4, unfreezer(2))
-        pairs = averages(model.optimizer)
+        pairs = moving_averages(model.optimizer)
         assert len(pairs) == len(model.trainable_weights) == 6
         assert all(np.array_equal(np.array(v), np.array(average)) for v, average in pairs)
 

@@ -12,9 +12,10 @@ from keras_tl import (
     layerwise_learning_rates,
     renew_optimizer,
 )
+from keras_tl.arguments import check_learning_rate
 from keras_tl.backbone import freezing
 from keras_tl.internals.models import compiled_state
-from keras_tl.internals.optimizers import averages
+from keras_tl.internals.optimizers import moving_averages
 from keras_tl.stages import switching
 from tests import models, strategies
 from tests.conftest import as_bytes, examples, regression_data
@@ -108,7 +109,7 @@ def test_several_learning_rates_are_refused():
 @pytest.mark.parametrize("rate", [0, 0.0, -1e-3, math.nan, math.inf, "1e-3", True, [0.1]])
 def test_refuses_what_is_no_learning_rate(rate):
     with pytest.raises(ValueError, match="`learning_rate` must be a finite number above 0"):
-        switching.check_learning_rate(rate)
+        check_learning_rate(rate)
 
 
 def test_renewed_training_moves_what_is_trainable_now():
@@ -232,7 +233,7 @@ class Averages(keras.callbacks.Callback):
         self.records = []
 
     def on_train_batch_end(self, batch, logs=None):
-        pairs = averages(self.model.optimizer)
+        pairs = moving_averages(self.model.optimizer)
         self.records.append({v.path: (np.array(v), np.array(average)) for v, average in pairs})
 
 

@@ -1,0 +1,143 @@
+"""When a stage ends, and when training does: decided from each epoch's logs, without a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import keras
+
+from keras_tl.stages.convergence import ConvergenceMonitor
+from keras_tl.stages.monitored_value import MonitoredValue
+from keras_tl.stages.progress import Progress
+from keras_tl.stages.stage import Stage
+from keras_tl.stages.words import what_next, why_ended
+
+
+class Decisions:
+    """Decides at each epoch's end whether the stage goes on, ends, or ends training.
+
+    Args:
+        stages: List of `Stage`, those after stage 0.
+        monitored: The `MonitoredValue` that convergence is judged by.
+        min_delta: Float. Smallest change that counts as an improvement. Defaults to `0.0`.
+        patience: Int. Epochs without improvement after which stage 0 ends, and any stage but the
+            last that has no limit of its own. Defaults to `3`.
+        start_from_epoch: Int. Epochs before it are not judged. Defaults to `0`.
+        max_frozen_epochs: Int or None. Epochs after which stage 0 ends at the latest.
+        fine_tune_patience: Int or None. The patience of the last stage, if it has no limit of its
+            own. None: it lasts to the last epoch. Defaults to `3`.
+
+    Example:
+
+    >>> decisions = Decisions([Stage("all", 1e-5)], MonitoredValue("val_loss", "min"), patience=1)
+    >>> progress = Progress()
+    >>> for epoch, loss in enumerate([0.5, 0.6]):
+    ...     _ = decisions.decide(progress, epoch, {"val_loss": loss})
+    >>> progress.switch_reason
+    'converged'
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[Stage],
+        monitored: MonitoredValue,
+        *,
+        min_delta: float = 0.0,
+        patience: int = 3,
+        start_from_epoch: int = 0,
+        max_frozen_epochs: int | None = None,
+        fine_tune_patience: int | None = 3,
+    ):
+        self.monitored = monitored
+        self._stages = stages
+        self._min_delta = min_delta
+        self._patience = patience
+        self._start_from_epoch = start_from_epoch
+        self._max_frozen_epochs = max_frozen_epochs
+        self._fine_tune_patience = fine_tune_patience
+
+    def limits(self, stage: int) -> tuple[int | None, int | None]:
+        """Returns after how many epochs without improvement, and of all, a stage ends."""
+        if stage == 0:
+            return self._patience, self._max_frozen_epochs
+        own = self._stages[stage - 1]
+        if own.patience is not None or own.epochs is not None:
+            return own.patience, own.epochs
+        return (self._fine_tune_patience if self._is_last(stage) else self._patience), None
+
+    def new_judge(self, stage: int) -> ConvergenceMonitor:
+        """Returns a judge of a stage's convergence that has seen nothing yet."""
+        patience, _ = self.limits(stage)
+        return ConvergenceMonitor(
+            mode=self.monitored.mode,
+            min_delta=self._min_delta,
+            patience=patience or 0,
+            start_from_epoch=self._start_from_epoch,
+            dtype=keras.config.floatx(),
+        )
+
+    def decide(
+        self,
+        progress: Progress,
+        epoch: int,
+        logs: Mapping[str, Any],
+        *,
+        stopped_early: bool = False,
+        validates: bool | None = None,
+    ) -> float | None:
+        """Records one epoch's logs, and notes in `progress` what follows from them.
+
+        Args:
+            progress: The `Progress` of the run. Gets a `switch_reason` if the next stage is to
+                start, a `stop_reason` if training is to end.
+            epoch: Int. The epoch, counted from 0.
+            logs: Its logs.
+            stopped_early: Bool. Whether EarlyStopping has stopped training in it, which ends any
+                stage but the last.
+            validates: As `MonitoredValue.read` takes it.
+
+        Returns:
+            The monitored value, or None in an epoch without it.
+        """
+        value = self.monitored.read(logs, validates=validates)
+        progress.stage_epochs += 1
+        ended = self._why_ended(progress, epoch, value)
+        # Stage 0 is as any other `fit`, which EarlyStopping or TerminateOnNaN may stop.
+        if progress.stage > 0 and value is not None and not math.isfinite(value):
+            progress.stop_reason = _stopped(epoch, f"{self.monitored.name} is {value}")
+        elif not self._is_last(progress.stage):
+            progress.switch_reason = ended or ("early_stopping" if stopped_early else None)
+        elif ended is not None:
+            progress.stop_reason = _stopped(epoch, self.explained(progress, ended))
+        return value
+
+    def explained(self, progress: Progress, reason: str) -> str:
+        """Returns for the user why the current stage ends."""
+        patience, _ = self.limits(progress.stage)
+        return why_ended(
+            reason, self.monitored.name, patience, progress.stage, progress.stage_epochs
+        )
+
+    def what_next(self, stage: int) -> str:
+        """Returns for the user what will end a stage, and what comes then."""
+        return what_next(self.monitored.name, *self.limits(stage), last=self._is_last(stage))
+
+    def _why_ended(self, progress: Progress, epoch: int, value: float | None) -> str | None:
+        patience, epochs = self.limits(progress.stage)
+        if value is not None:
+            # Also with no patience at all: the judge knows which weights are a stage's best.
+            progress.judge = progress.judge or self.new_judge(progress.stage)
+            if progress.judge.update(epoch, value) and patience is not None:
+                return "converged"
+        if epochs is not None and progress.stage_epochs >= epochs:
+            return "max_frozen_epochs" if progress.stage == 0 else "epochs"
+        return None
+
+    def _is_last(self, stage: int) -> bool:
+        return stage == len(self._stages)
+
+
+def _stopped(epoch: int, why: str) -> str:
+    return f"Epoch {epoch + 1}: UnfreezeAtConvergence stopped: {why}."

@@ -1,0 +1,299 @@
+"""One `fit` of `UnfreezeAtConvergence`, from its first hook to its last."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from keras_tl.backbone.selecting import is_built
+from keras_tl.internals.callback_list import callbacks_beside, data_of_fit
+from keras_tl.internals.models import keeps_no_optimizer, unset_initial_epoch
+from keras_tl.messages import say
+from keras_tl.optimizers.groups import learning_rate_of
+from keras_tl.stages import early_stops, observers, tensorboard
+from keras_tl.stages.deciding import Decisions
+from keras_tl.stages.kept_run import KeptRun
+from keras_tl.stages.monitored_value import MonitoredValue
+from keras_tl.stages.neighbours import check_neighbours
+from keras_tl.stages.optimizer_use import OptimizerUse
+from keras_tl.stages.rate_watch import RateWatch
+from keras_tl.stages.staged_model import GO_ON, StagedModel
+from keras_tl.stages.training_state import TrainingState
+from keras_tl.stages.words import why_still_frozen
+
+if TYPE_CHECKING:
+    from keras_tl.callbacks.unfreeze_at_convergence import UnfreezeAtConvergence
+
+
+class Run:
+    """What happens at each hook of one `fit`. Made in `on_train_begin`, so each `fit` has its own.
+
+    It asks `Decisions` when a stage ends, has `TrainingState` enter the next one and `KeptRun` keep
+    a backup, and tells the user.
+
+    Args:
+        callback: The callback, whose settings it reads.
+        exactly: Bool. Whether in each stage just its layers train, or they join those before.
+        last: The `Run` of the callback's `fit` before this one, if there was one.
+
+    Attributes:
+        state: The `TrainingState`.
+        best_epoch: Int or None. The epoch whose weights were restored at the end.
+        history: The `History` of the `fit`, or None where there is none.
+        logged_epochs: Dictionary from names in the logs to the epochs in which they were logged.
+    """
+
+    def __init__(self, callback: UnfreezeAtConvergence, *, exactly: bool, last: Run | None):
+        model = callback.model
+        unset_initial_epoch(model)  # Of a fit that ended before its first epoch.
+        self._callback = callback
+        self._exactly = exactly
+        # Once a run: the stack is walked for it, and Keras has no other way to see who is beside.
+        self._beside = callbacks_beside(callback)
+        self._position = self._beside.index(callback)
+        check_neighbours(
+            self._beside,
+            self._position,
+            monitor=callback.monitor,
+            patience=callback.patience,
+            backup=callback.backup_dir is not None,
+            restores=callback.restore_best_weights,
+        )
+        self._staged = StagedModel(
+            model,
+            callback.stages,
+            exactly=exactly,
+            backbone=callback.backbone,
+            optimizer=callback.optimizer,
+        )
+        self._decisions = Decisions(
+            self._staged.stages,
+            MonitoredValue(callback.monitor, callback.mode, model),
+            min_delta=callback.min_delta,
+            patience=callback.patience,
+            start_from_epoch=callback.start_from_epoch,
+            max_frozen_epochs=callback.max_frozen_epochs,
+            fine_tune_patience=callback.fine_tune_patience,
+        )
+        self._rates = RateWatch(self._beside)
+        self.state = TrainingState(
+            model,
+            self._staged,
+            self._decisions,
+            self._rates,
+            warmup_steps=callback.warmup_steps,
+        )
+        if last is not None:
+            last.state.finish_warm_up()  # Of a fit that was interrupted.
+            self.state.renewed_optimizer = last.state.renewed_optimizer
+        self._prepared = is_built(model)
+        self._optimizer_use: OptimizerUse | None = None
+        self._kept: KeptRun | None = None
+        self.best_epoch: int | None = None
+        histories = (one for one in self._beside if isinstance(one, keras.callbacks.History))
+        self.history = next(histories, None)
+        self.logged_epochs: dict[str, list[int]] = {}
+
+    @property
+    def stage(self) -> int:
+        """Int. The stage that the model is in."""
+        return self.state.progress.stage
+
+    @property
+    def _model(self) -> keras.Model:
+        # Not kept: on JAX, reading it from a callback gives its variables the values that `fit`
+        # has. Each hook reads it before it looks at a variable.
+        return self._callback.model
+
+    # The hooks.
+
+    def begin(self) -> None:
+        """Finds the stage that the model is in, or goes on with the run in the backup."""
+        around = early_stops.observers(self._early_stopping())
+        observers.place(self._callback, [*around, *self._rates.observers()])
+        self._freeze_untouched()
+        self.state.begin_stage(0)
+        if self._prepared:
+            self._find_stage()
+        if self.stage == 0:
+            self._staged.check_renewable(self._callback.warmup_steps)
+        self._staged.try_switches(self.stage)
+        self._optimizer_use = OptimizerUse(self._model)
+        if self._callback.backup_dir is not None:
+            self._kept = KeptRun(
+                self._callback.backup_dir,
+                self._callback,
+                self._staged,
+                self.state,
+                exactly=self._exactly,
+            )
+            self._kept.resume(self._say)
+        resumed = self._kept is not None and self._kept.epochs_done > 0
+        if self._prepared and not resumed:
+            self._say_stage()
+
+    def begin_epoch(self, epoch: int) -> None:
+        """Switches, if the last epoch has decided so.
+
+        Not sooner: at that epoch's end the callbacks behind ours still see what was trained.
+        """
+        unset_initial_epoch(self._model)
+        reason = self.state.progress.switch_reason
+        if reason is not None:
+            self._switch(epoch, reason)
+        self._rates.epoch = epoch
+
+    def begin_step(self, batch: int) -> None:
+        """Does what a step needs; a second call for the same one changes nothing."""
+        if batch > 0:
+            self._prepare()
+        warm_up = self.state.warm_up
+        # On JAX, reading the model has `fit` give it its values, and wait for them: only if needed.
+        if warm_up is not None and self._model and warm_up.before_step():
+            self.state.warm_up = None
+
+    def end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
+        """Decides what follows from an epoch, and adds to its logs."""
+        model, state = self._model, self.state
+        stopped_early = early_stops.stopped_early(model, logs)
+        self._prepare()
+        if self._optimizer_use is not None:
+            self._optimizer_use.check(model)
+            self._optimizer_use = None
+        data = data_of_fit(self._callback)
+        validates = "validation_data" in data if data else None
+        value = self._decisions.decide(
+            state.progress, epoch, logs, stopped_early=stopped_early, validates=validates
+        )
+        if value is not None and self._callback.restore_best_weights:
+            state.keep_best(epoch, value)
+        logs.update(self._staged.learning_rates(self.stage), stage=self.stage)
+        for name in logs:
+            self.logged_epochs.setdefault(name, []).append(epoch)
+        self._rates.check(model)
+        tensorboard.write_parameters(self._beside, epoch, model)
+        if stopped_early and state.progress.switch_reason is not None:
+            model.stop_training = False
+        if state.progress.stop_reason is not None:
+            model.stop_training = True
+        if self._kept is not None:
+            self._kept.save(epoch + 1)
+
+    def end(self) -> None:
+        """Restores the best weights of the run, and says how it ended."""
+        unset_initial_epoch(self._model)
+        observers.remove(self._callback)
+        self.state.finish_warm_up()
+        self._say_end()
+        self._restore_best()
+        if self._kept is not None and self._callback.delete_checkpoint:
+            self._kept.delete()
+
+    # Before the first step.
+
+    def _freeze_untouched(self) -> None:
+        switched = self._model.optimizer is self.state.renewed_optimizer
+        if switched or not self._staged.freeze_untouched():
+            return
+        message = f"UnfreezeAtConvergence froze {self._staged.names}, which was trainable."
+        if keeps_no_optimizer(self._model):
+            message += (
+                f" If this {type(self._model).__name__} was saved in a fine-tuning stage, its "
+                f"file does not tell. {GO_ON}"
+            )
+        self._say(message)
+
+    def _prepare(self) -> None:
+        """Does what needs a built model: on TensorFlow the first step builds a subclassed one."""
+        if self._prepared:
+            return
+        self._prepared = True
+        self._staged.check_stages()
+        self._find_stage()
+        self._staged.try_switches(self.stage)
+        self._say_stage()
+
+    def _find_stage(self) -> None:
+        """Goes on in the stage that the model is in, as one loaded from it."""
+        self.state.begin_stage(self._staged.stage())
+
+    # The switch.
+
+    def _switch(self, epoch: int, reason: str) -> None:
+        why = self._decisions.explained(self.state.progress, reason)
+        transition = self.state.switch(epoch, reason)
+        what = f"begins stage {self.stage} of" if self._exactly else "unfreezes"
+        block = transition.describe(
+            f"{what} {self._staged.names}", why, self._decisions.what_next(self.stage)
+        )
+        self._say(block)
+        tensorboard.write_switch(self._beside, epoch, block)
+        for callback in self._restarting():
+            # In its `on_train_begin` Keras has a callback forget what it has judged so far.
+            callback.on_train_begin()
+
+    def _early_stopping(self) -> list[keras.callbacks.EarlyStopping]:
+        """The EarlyStopping callbacks before ours, which run in stages as it does."""
+        before = self._beside[: self._position]
+        return [one for one in before if isinstance(one, keras.callbacks.EarlyStopping)]
+
+    def _restarting(self) -> list[keras.callbacks.Callback]:
+        """The callbacks that judge each stage by itself."""
+        plateau = keras.callbacks.ReduceLROnPlateau
+        return self._early_stopping() + [one for one in self._beside if isinstance(one, plateau)]
+
+    # The end.
+
+    def _restore_best(self) -> None:
+        best = self.state.progress.best
+        if best is None or best.epoch is None:
+            return
+        best.restore_run()
+        self.best_epoch = best.epoch
+        self._say(
+            "UnfreezeAtConvergence restored the best weights, of epoch "
+            f"{best.epoch + 1}: {self._callback.monitor} {best.measured:.4g}."
+        )
+        # A copy of the model's weights, which would stay in memory with the callback.
+        self.state.progress.best = None
+
+    # Messages.
+
+    def _say_stage(self) -> None:
+        training = self._staged.backbones.names_of(self._model.trainable_weights)
+        if self.stage == 0 and training:
+            self._say(
+                f"UnfreezeAtConvergence: of {self._staged.names} these layers train in stage 0 "
+                f"already: {', '.join(training)}."
+            )
+        if self.stage > 0:
+            rate = learning_rate_of(self._model.optimizer)
+            self._say(
+                f"UnfreezeAtConvergence goes on fine-tuning {self._staged.names}, which is "
+                f"trainable already, with learning rate {rate:.4g}."
+            )
+
+    def _say_end(self) -> None:
+        progress, stages = self.state.progress, len(self._staged.stages)
+        if progress.stop_reason is not None:
+            self._say(progress.stop_reason)
+        if progress.stage == 0:
+            message = why_still_frozen(
+                self._callback.monitor,
+                self._callback.patience,
+                stopped=self._model.stop_training,
+                decided=progress.switch_reason is not None,
+                seen=self._decisions.monitored.seen,
+            )
+            warnings.warn(message, stacklevel=4)
+        elif progress.stage < stages:
+            self._say(
+                f"UnfreezeAtConvergence: training ended in stage {progress.stage} of {stages}. "
+                "Pass more `epochs` to `fit` for the others."
+            )
+
+    def _say(self, message: str) -> None:
+        if self._callback.verbose:
+            say(message)

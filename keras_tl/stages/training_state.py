@@ -1,0 +1,215 @@
+"""What changes in a model and its run as the stages go by, and what a snapshot must hold of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import keras
+import numpy as np
+
+from keras_tl.backbone import freezing
+from keras_tl.backbone.changeable import changeable_weights
+from keras_tl.backup.run_backup import RunSnapshot
+from keras_tl.internals.processes import of_chief
+from keras_tl.optimizers.groups import learning_rate_of
+from keras_tl.stages import switching
+from keras_tl.stages.best_weights import BestWeights
+from keras_tl.stages.deciding import Decisions
+from keras_tl.stages.progress import Progress, read
+from keras_tl.stages.rate_watch import RateWatch, rates_set
+from keras_tl.stages.staged_model import StagedModel
+from keras_tl.stages.transition import Transition
+from keras_tl.stages.warm_up import WarmUp
+
+
+class TrainingState:
+    """The state of a model that trains in stages, between its switches too.
+
+    Args:
+        model: The compiled model.
+        staged: The `StagedModel` of it.
+        decisions: The `Decisions` about its stages.
+        rates: The `RateWatch` that is told which rates a switch has set.
+        warmup_steps: Int. Steps of warm-up after a switch.
+
+    Attributes:
+        progress: The `Progress`.
+        warm_up: The `WarmUp` of the last switch, or None once it is over.
+        renewed_optimizer: The optimizer that the last switch has made, or None.
+    """
+
+    def __init__(
+        self,
+        model: keras.Model,
+        staged: StagedModel,
+        decisions: Decisions,
+        rates: RateWatch,
+        *,
+        warmup_steps: int,
+    ):
+        self.progress = Progress()
+        self.warm_up: WarmUp | None = None
+        self.renewed_optimizer: keras.Optimizer | None = None
+        self._model = model
+        self._staged = staged
+        self._decisions = decisions
+        self._rates = rates
+        self._warmup_steps = warmup_steps
+        self._note_weights()
+
+    def begin_stage(self, stage: int) -> None:
+        """Notes that the model is in a stage, of which nothing has been seen yet."""
+        self.progress.begin_stage(stage)
+        self._note_weights()
+
+    def _note_weights(self) -> None:
+        self._changeable = changeable_weights(self._model)
+        self._trained = list(self._model.trainable_weights)
+
+    def finish_warm_up(self) -> None:
+        """Gives the model the full learning rates, if a warm-up has not come to its end."""
+        if self.warm_up is not None:
+            self.warm_up.finish()
+            self.warm_up = None
+
+    def keep_best(self, epoch: int, value: float) -> None:
+        """Copies the weights if those of this epoch are the best of the stage or of the run."""
+        progress = self.progress
+        progress.best = progress.best or BestWeights(self._decisions.monitored.mode)
+        best_of_stage = progress.judge is not None and progress.judge.best_epoch == epoch
+        progress.best.update(epoch, value, self._changeable, best_of_stage=best_of_stage)
+
+    # The switch.
+
+    def switch(self, epoch: int, reason: str) -> Transition:
+        """Goes to the next stage, or raises and changes nothing.
+
+        Args:
+            epoch: Int. The first epoch of the new stage.
+            reason: String. Why the old one has ended.
+
+        Returns:
+            The `Transition`, which is noted too.
+        """
+        before = list(self._model.trainable_weights)
+        rate = learning_rate_of(self._model.optimizer)
+        self._staged.enter(self.progress.stage + 1, self.progress.best)
+        self.renewed_optimizer = self._model.optimizer
+        # Right after the switch: a warm-up lowers the rates, which are no longer the stage's then.
+        self._rates.begin(rates_set(self._model))
+        transition = self._record(epoch, reason, before, rate)
+        self.progress.transitions.append(transition)
+        self.begin_stage(transition.stage)
+        self._carry_best_over(before)
+        if self._warmup_steps:
+            self.warm_up = WarmUp(self._staged.optimizers(), self._warmup_steps)
+        return transition
+
+    def _record(
+        self, epoch: int, reason: str, before: list[keras.Variable], rate: float
+    ) -> Transition:
+        after = self._model.trainable_weights
+        backbones, judge = self._staged.backbones, self.progress.judge
+        return Transition(
+            epoch=epoch,
+            stage=self.progress.stage + 1,
+            reason=reason,
+            value=None if judge is None else judge.best,
+            learning_rate_before=rate,
+            learning_rate_after=learning_rate_of(self._model.optimizer),
+            trainable_before=freezing.count_params(before),
+            trainable_after=freezing.count_params(after),
+            layers=backbones.names_of(freezing.without(after, before)),
+            frozen=backbones.names_of(freezing.without(before, after)),
+            cannot_train=tuple(weight.path for weight in backbones.cannot_train()),
+            group_learning_rates=self._staged.group_learning_rates(),
+            unfrozen_early=backbones.names_of(freezing.without(before, self._trained)),
+        )
+
+    def _carry_best_over(self, before: list[keras.Variable]) -> None:
+        """Makes the best value comparable: regularizers count for weights that train only."""
+        if self.progress.best is None:
+            return
+        offset = 0.0
+        if self._decisions.monitored.name in ("loss", "val_loss"):
+            # Of the weights as they are now, also where the best of the run has others: so values
+            # of two stages compare as if all regularizers counted in both.
+            after = self._model.trainable_weights
+            offset += switching.regularization_loss(freezing.without(after, before))
+            offset -= switching.regularization_loss(freezing.without(before, after))
+        # All processes must choose the same best weights, and rounding may differ between them.
+        self.progress.best.begin_stage(self._changeable, float(of_chief(offset)))
+
+    # Snapshots.
+
+    def to_data(self) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
+        """Returns what JSON can hold, and arrays, besides the values of model and optimizer."""
+        state, arrays = self.progress.to_data(self._model.variables)
+        state["warm_up"] = None if self.warm_up is None else self.warm_up.get_state()
+        state["schedule_starts"] = switching.schedule_starts(self._model)
+        return state, arrays
+
+    def restore(self, snapshot: RunSnapshot) -> None:
+        """Becomes what a snapshot says, or raises a ValueError and changes nothing."""
+        progress = Progress.from_data(
+            snapshot.state,
+            snapshot.arrays,
+            self._model.variables,
+            stages=len(self._staged.stages),
+            mode=self._decisions.monitored.mode,
+        )
+        with switching.all_or_nothing(self._model, self._model.variables):
+            rates = self._enter_stages_up_to(progress.stage)
+            # Flags and groups first: the optimizer's variables are those of what trains.
+            switching.restore_training(
+                self._model, snapshot.arrays["model"], snapshot.arrays["optimizer"]
+            )
+            switching.set_schedule_starts(self._model, self._schedule_starts(snapshot.state))
+            warm_up = self._warm_up_of(snapshot.state)
+        if progress.judge_state is not None:
+            progress.judge = self._decisions.new_judge(progress.stage)
+            progress.judge.set_state(progress.judge_state)
+        self.progress = progress
+        self.warm_up = warm_up
+        self._note_weights()
+        self._rates.begin(rates)
+        self._rates.follow_schedules(self._model)
+        self.renewed_optimizer = self._model.optimizer
+
+    def _enter_stages_up_to(self, stage: int) -> dict[str, Any]:
+        """Goes through the switches of a run again. Returns the rates that the last one has set."""
+        now = self.progress.stage
+        if now > stage:
+            self._staged.go_back()
+            now = 0
+        switching.build_optimizer(self._model)
+        rates: dict[str, Any] = {}
+        for number in range(now + 1, stage + 1):
+            self._staged.enter(number)
+            # As the switch has set them: those of the snapshot may be lower.
+            rates = rates_set(self._model)
+        return rates
+
+    def _schedule_starts(self, state: Mapping[str, Any]) -> dict[str, int]:
+        known = switching.schedule_starts(self._model)
+        if "schedule_starts" not in state:
+            return known  # A snapshot of version 0.1.
+        starts = read(state, "schedule_starts", dict)
+        if starts.keys() != known.keys():
+            raise ValueError("its 'schedule_starts' are of other parameter groups.")
+        # Below 0 where a schedule began before its group's step count did.
+        return {group: read(starts, group, int) for group in starts}
+
+    def _warm_up_of(self, state: Mapping[str, Any]) -> WarmUp | None:
+        rates = read(state, "warm_up", dict, type(None))
+        if rates is None:
+            return None
+        optimizers = self._staged.optimizers()
+        known = {str(index) for index in range(len(optimizers) if self._warmup_steps else 0)}
+        for index in rates:
+            if index not in known or read(rates, index, float) <= 0:
+                raise ValueError("its 'warm_up' is not that of such a run.")
+        warm_up = WarmUp(optimizers, self._warmup_steps)
+        warm_up.set_state(rates)
+        return warm_up
