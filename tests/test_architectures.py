@@ -6,7 +6,7 @@ import pytest
 
 from keras_tl import FreezeGuard, FrozenBackbone, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import Recorder, as_bytes, slow_on
+from tests.conftest import Recorder, as_bytes
 
 LAYERS = keras.layers
 BACKEND = keras.backend.backend()
@@ -136,19 +136,20 @@ FAMILIES = [
     pytest.param("EfficientNetV2B0", 32, marks=slow),
     pytest.param("InceptionResNetV2", 75, marks=slow),
     pytest.param("InceptionV3", 75, marks=slow),
-    pytest.param("MobileNet", 32, marks=slow_on("jax", "torch")),
+    pytest.param("MobileNet", 32, marks=slow),
     pytest.param("MobileNetV2", 32),
     pytest.param("MobileNetV3Large", 32, marks=slow),
     pytest.param("MobileNetV3Small", 32, marks=slow),
     pytest.param("NASNetMobile", 32, marks=[slow, not_on_torch]),
     pytest.param("ResNet50", 32, marks=slow),
     pytest.param("ResNet50V2", 32, marks=slow),
-    pytest.param("VGG16", 32, marks=slow_on("jax", "torch")),
+    pytest.param("VGG16", 32, marks=slow),
     pytest.param("VGG19", 32, marks=slow),
     pytest.param("Xception", 71, marks=slow),
 ]
 
 
+@pytest.mark.eager
 @pytest.mark.covers("backbone: the families of keras.applications")
 @pytest.mark.parametrize(("name", "size"), FAMILIES)
 def test_family_of_keras_applications(name, size, tmp_path):
@@ -285,17 +286,19 @@ def backbone_of(make, name, *marks):
     return pytest.param(make, marks=[pytest.mark.covers(f"backbone: {name}"), *marks], id=name)
 
 
+eager = pytest.mark.eager
 KINDS = [
+    # One is compiled: that each kind of layer moves as it is to does not depend on it.
     backbone_of(subclassed, "subclassed model"),
-    backbone_of(sub_model_called_twice, "nested model called twice"),
-    backbone_of(embedding_and_lstm, "Embedding and LSTM, masks"),
-    backbone_of(bidirectional_gru, "Bidirectional GRU"),
-    backbone_of(attention, "MultiHeadAttention"),
-    backbone_of(adapted_normalization, "adapted Normalization"),
-    backbone_of(spectral_normalization, "SpectralNormalization"),
-    backbone_of(time_distributed, "TimeDistributed"),
-    backbone_of(string_lookup, "StringLookup", on_tensorflow_only),
-    backbone_of(text_vectorization, "TextVectorization", on_tensorflow_only),
+    backbone_of(sub_model_called_twice, "nested model called twice", eager),
+    backbone_of(embedding_and_lstm, "Embedding and LSTM, masks", eager),
+    backbone_of(bidirectional_gru, "Bidirectional GRU", eager),
+    backbone_of(attention, "MultiHeadAttention", eager),
+    backbone_of(adapted_normalization, "adapted Normalization", eager),
+    backbone_of(spectral_normalization, "SpectralNormalization", eager),
+    backbone_of(time_distributed, "TimeDistributed", eager),
+    backbone_of(string_lookup, "StringLookup", on_tensorflow_only, eager),
+    backbone_of(text_vectorization, "TextVectorization", on_tensorflow_only, eager),
 ]
 
 
@@ -309,9 +312,16 @@ def test_backbone_of_other_layers(make, tmp_path):
     check_step(loaded, x, to_move)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("inference_mode", ["always", "batchnorm"])
 @pytest.mark.parametrize(
-    "make", [subclassed, sub_model_called_twice, spectral_normalization, time_distributed]
+    "make",
+    [
+        subclassed,
+        pytest.param(sub_model_called_twice, marks=slow),
+        spectral_normalization,
+        pytest.param(time_distributed, marks=slow),
+    ],
 )
 def test_statistics_hold_where_batchnorm_trains(make, inference_mode, tmp_path):
     base, x = make()
@@ -327,6 +337,7 @@ def test_statistics_hold_where_batchnorm_trains(make, inference_mode, tmp_path):
     check_step(loaded, x, to_move)
 
 
+@pytest.mark.eager
 @pytest.mark.covers("backbone: shared, called twice (siamese)")
 def test_backbone_called_twice(tmp_path):
     base = models.functional(["dense", "batchnorm", "nested", "dropout", "conv"])

@@ -32,6 +32,41 @@ PREPARATION = """
     fit = dict(batch_size=8, epochs=4, validation_data=(x, y), verbose=0)
 """
 
+# What breaks first, in one process: to start one takes longer than all that it trains.
+ALL_IN_ONE = """
+    from tests.conftest import Recorder, Scripted, values_of
+
+    kernel = wrapper.backbone.weights[0]
+    replicas = kernel.value.values
+    assert len(replicas) == 2
+    # On the second replica alone.
+    fault = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: replicas[1].assign_add(np.ones((4, 4), "float32"))
+    )
+    try:
+        model.fit(x, y, callbacks=[fault, FreezeGuard()], **fit)
+    except FrozenWeightsChangedError as error:
+        change, = error.changes
+        assert (change.path, change.cause) == (kernel.path, "overwritten")
+        assert round(change.largest_change, 5) == 1.0, change
+    else:
+        raise AssertionError("not seen")
+    replicas[1].assign(replicas[0])
+
+    before = dict(as_bytes(wrapper.weights))
+    callback = UnfreezeAtConvergence(0.01, max_frozen_epochs=2)
+    scripted, recorder = Scripted("val_loss", [4.0, 3.0, 1.0, 2.0]), Recorder(values_of)
+    callbacks = [scripted, recorder, callback, FreezeGuard(check="batch")]
+    history = model.fit(x, y, callbacks=callbacks, **fit).history
+    assert history["stage"] == [0, 0, 1, 1], history
+    assert values_of(model) == recorder.records[2] != recorder.records[3]
+    after = dict(as_bytes(wrapper.weights))
+    moved = {path.split("/")[-1] for path in before if before[path] != after[path]}
+    assert moved == {"kernel", "bias"}, moved
+    assert model.optimizer._distribution_strategy.num_replicas_in_sync == 2
+    print("done")
+"""
+
 SWITCH = """
     before = dict(as_bytes(wrapper.weights))
     callback = UnfreezeAtConvergence(0.01, max_frozen_epochs=2, restore_best_weights=False)
@@ -158,6 +193,11 @@ def run(script):
     return result.stdout.splitlines()[-1]
 
 
+def test_switch_guard_and_best_weights_under_mirrored_strategy():
+    assert run(ALL_IN_ONE) == "done"
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "script",
     [SWITCH, GUARD, HEAD_GOES_ON, STAGES, FEATURES],
@@ -167,6 +207,7 @@ def test_under_mirrored_strategy(script):
     assert run(script) == "done"
 
 
+@pytest.mark.slow
 def test_groups_of_one_kind_train_as_one_optimizer():
     together = run(DIGEST.replace("MAKE", 'GroupOptimizer(groups, assign={"backbone": wrapper})'))
     assert together == run(DIGEST.replace("MAKE", "keras.optimizers.Adam(0.01)"))

@@ -232,11 +232,9 @@ def test_one_process_writes_and_prints(undisturbed, layout, devices):
     assert not (run.folder / "backup").exists()
 
 
+@SLOW
 @pytest.mark.covers("distribution: two processes")
-@pytest.mark.parametrize(
-    ("layout", "victim"),
-    [("data", 1), pytest.param("data", 0, marks=SLOW), pytest.param((1, 2), 1, marks=SLOW)],
-)
+@pytest.mark.parametrize(("layout", "victim"), [("data", 1), ("data", 0), ((1, 2), 1)])
 def test_a_killed_process_ends_the_other_and_both_resume(
     undisturbed, start, tmp_path, layout, victim
 ):

@@ -58,6 +58,14 @@ def check(folder, undisturbed):
     assert os.listdir(folder) == ["result.json"]
 
 
+def test_killed_where_a_snapshot_becomes_current_and_in_a_switch(tmp_path, undisturbed):
+    for place in ("rename:4", "switch:2"):
+        assert killed(start(tmp_path, place)), place
+    assert not killed(start(tmp_path))
+    check(tmp_path, undisturbed)
+
+
+@pytest.mark.slow
 def test_killed_at_each_kind_of_moment(tmp_path, undisturbed):
     # While it writes, makes the new snapshot the current one, removes an old one, restores,
     # switches, and in the middle of an epoch.

@@ -105,6 +105,7 @@ def test_an_optimizer_built_on_all_weights(head):
         assert sorted(groups.values()) == ["backbone"] * 4 + ["head"] * 2
 
 
+@pytest.mark.eager
 def test_a_schedule_that_is_past_its_end():
     schedule = keras.optimizers.schedules.PolynomialDecay(1e-2, 2, end_learning_rate=1e-3)
     model, _ = build()
@@ -154,6 +155,7 @@ def test_a_stage_that_selects_nothing_is_refused_before_the_first_step(stages):
     assert values_of(model) == before
 
 
+@pytest.mark.eager
 def test_a_model_past_the_end_of_its_schedule_goes_on_in_the_last_stage():
     model, _ = build()
     stages = [Stage(1, 1e-3, epochs=1), Stage("all", 1e-4, epochs=1)]
@@ -162,6 +164,7 @@ def test_a_model_past_the_end_of_its_schedule_goes_on_in_the_last_stage():
     assert fit(model, shorter, epochs=1)["stage"] == [1]
 
 
+@pytest.mark.eager
 def test_says_which_layers_train_in_stage_0_already(capsys):
     model, wrapper = build()
     (layer,) = wrapper.unfreeze(1)
@@ -172,6 +175,7 @@ def test_says_which_layers_train_in_stage_0_already(capsys):
     assert f"these layers train in stage 0 already: {layer.name}." in capsys.readouterr().out
 
 
+@pytest.mark.eager
 def test_shared_weights_are_unfrozen_once():
     shared = keras.layers.Dense(4, name="shared")
     inputs = keras.Input((4,))
@@ -207,6 +211,7 @@ def test_freeze_to_n_and_a_slice_of_rates():
     np.testing.assert_allclose(list(rates.values()), [1e-6, 1e-5, 1e-4])
 
 
+@pytest.mark.eager
 def test_minimal_rates_of_a_plateau_callback_hold_after_a_group_joined():
     model, _ = build()
     plateau = keras.callbacks.ReduceLROnPlateau(

@@ -51,16 +51,31 @@ def test_every_block_has_a_language():
     assert {language for language, _ in BLOCKS} == {"python", "bash", "text"}
 
 
+def python_blocks():
+    """The blocks of Python, compiled."""
+    blocks = [code for language, code in BLOCKS if language == "python"]
+    return [
+        compile(code, f"block {number} of the README", "exec")
+        for number, code in enumerate(blocks, start=1)
+    ]
+
+
+@pytest.mark.filterwarnings("ignore:UnfreezeAtConvergence")
+def test_all_python_blocks_compile_and_the_first_runs(data):
+    first, *others = python_blocks()
+    assert len(others) > 9
+    exec(first, {**data, **new_model()})  # noqa: S102
+
+
+@pytest.mark.slow
 @only_on("tensorflow", "The training loop is TensorFlow's.")
 @pytest.mark.filterwarnings("ignore:UnfreezeAtConvergence")
 def test_all_python_blocks_run(data):
     pytest.importorskip("matplotlib")
-    blocks = [code for language, code in BLOCKS if language == "python"]
-    assert len(blocks) > 10
     namespace = {"base": small_xception(include_top=False, weights=None)}
-    for number, code in enumerate(blocks, start=1):
+    for block in python_blocks():
         namespace.update(data, **new_model())
-        exec(compile(code, f"block {number} of the README", "exec"), namespace)  # noqa: S102
+        exec(block, namespace)  # noqa: S102
     assert Path("stages.png").stat().st_size > 1000
     _, history = namespace["by_hand"](namespace["base"], data["train"], data["val"])
     assert len(history["loss"]) > 3

@@ -54,7 +54,7 @@ class Compare(keras.callbacks.Callback):
         self.errors.append((error_of_predict(self.other), error_of_evaluate(self.other)))
 
 
-@pytest.mark.parametrize("regularizer", [None, "l2"])
+@pytest.mark.parametrize("regularizer", [pytest.param(None, marks=pytest.mark.slow), "l2"])
 def test_another_model_predicts_and_evaluates_rightly_after_switches(regularizer):
     model, other, _ = build(regularizer)
     stages = [Stage("block2", 0.05, epochs=2), Stage("block1", 0.05, epochs=2)]
