@@ -12,6 +12,7 @@ from keras_tl.reporting import trainable_report
 from keras_tl.stages.convergence import ConvergenceMonitor
 from keras_tl.stages.stage import Stage
 from keras_tl.stages.switching import renew_optimizer
+from keras_tl.unwrapping import unwrap
 from keras_tl.version import __version__
 from keras_tl.visualization import plot_stages, plot_trainable
 
@@ -34,4 +35,5 @@ __all__ = [
     "plot_trainable",
     "renew_optimizer",
     "trainable_report",
+    "unwrap",
 ]
