@@ -19,6 +19,7 @@ from keras_tl.stages.convergence import ConvergenceMonitor
 from keras_tl.stages.stage import Stage
 from keras_tl.stages.switching import renew_optimizer
 from keras_tl.stages.transition import Transition
+from keras_tl.unwrapping import unwrap
 from keras_tl.version import __version__
 from keras_tl.visualization import plot_stages, plot_trainable
 
@@ -46,4 +47,5 @@ __all__ = [
     "plot_trainable",
     "renew_optimizer",
     "trainable_report",
+    "unwrap",
 ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -143,14 +143,47 @@ def cut_after(model: keras.Model, operations: Sequence[Any]) -> list[Any]:
 
 
 @checked(SINCE_3_15)
-def called_again(tensors: Sequence[Any], replacements: Sequence[Any], outputs: Any) -> Any:
+def called_again(
+    tensors: Sequence[Any],
+    replacements: Sequence[Any],
+    outputs: Any,
+    *,
+    operation: Callable[[Any], Any] | None = None,
+    call: Callable[..., Any] | None = None,
+) -> Any:
     """Returns the outputs of the part of a graph after some tensors, called on others.
 
     The layers are the same; the calls are new. `keras.Model(tensors, outputs)` does so too, but
     gives no hand in the new inputs' names and masks.
+
+    Args:
+        tensors: Symbolic tensors of the graph.
+        replacements: Symbolic tensors in their place.
+        outputs: Symbolic outputs of the graph, as they are nested.
+        operation: A function from an operation of the graph to the one that takes its place.
+        call: A function that is called instead of an operation, with it and its arguments.
     """
     part = Function(inputs=list(tensors), outputs=outputs)
-    return part._run_through_graph(list(replacements), operation_fn=lambda operation: operation)
+    return part._run_through_graph(
+        list(replacements), operation_fn=operation or (lambda one: one), call_fn=call
+    )
+
+
+@checked(SINCE_3_15)
+def moved_graph(model: keras.Model) -> Callable[[Sequence[Any]], Any]:
+    """Returns a function that calls the graph of a Functional or built Sequential on other tensors.
+
+    Its calls count as the first ones of the layers, whose `output` is what the first one returns.
+    The model is of no use afterwards.
+    """
+    part = Function(inputs=keras.tree.flatten(graph_inputs(model)), outputs=graph_outputs(model))
+    for operation in part.operations:
+        operation._inbound_nodes.clear()
+
+    def call(replacements: Sequence[Any]) -> Any:
+        return part._run_through_graph(list(replacements))
+
+    return call
 
 
 @checked(SINCE_3_15)
