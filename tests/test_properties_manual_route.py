@@ -74,7 +74,7 @@ def in_one_fit(model, data, stages, **settings):
         settings |= {"layers": layers, "learning_rate": learning_rate}
     else:
         settings |= {"stages": [Stage(*stage) for stage in stages]}
-    callback = UnfreezeAtConvergence(verbose=0, **settings)
+    callback = UnfreezeAtConvergence(fine_tune_patience=None, verbose=0, **settings)
     fit = {"validation_data": VALIDATION, "epochs": EPOCHS, "verbose": 0, **data}
     history = model.fit(callbacks=[recorder, callback], **fit)
     return history.history, recorder.records, callback

@@ -26,7 +26,6 @@ from tests.conftest import (
     forget_compiled,
     regression_data,
     seeded_dropout,
-    slow_on,
     values_of,
 )
 
@@ -144,6 +143,7 @@ def interrupted(folder, make, arguments, hooks, **compile_arguments):
     raise AssertionError
 
 
+@pytest.mark.eager
 @given(
     arguments=st.sampled_from(SETTINGS),
     make=st.sampled_from(OPTIMIZERS),
@@ -169,6 +169,7 @@ def test_ends_as_if_it_had_not_been_interrupted(tmp_path_factory, arguments, mak
     assert not folder.exists()
 
 
+@pytest.mark.eager
 def test_the_property_above_interrupts_in_each_stage(tmp_path):
     """Guards it: with such settings there is a switch, and an interruption before and after."""
     _, history, _ = undisturbed(OPTIMIZERS[0](), SETTINGS[0])
@@ -188,8 +189,8 @@ def test_the_property_above_interrupts_in_each_stage(tmp_path):
     "compile_arguments",
     [
         {"run_eagerly": True},
-        pytest.param({"jit_compile": True}, marks=slow_on("torch")),
-        pytest.param({"steps_per_execution": 3}, marks=SEVERAL_STEPS),
+        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
+        pytest.param({"steps_per_execution": 3}, marks=[SEVERAL_STEPS, pytest.mark.slow]),
         {"plain": True},
     ],
     ids=str,
@@ -223,6 +224,7 @@ def test_mixed_precision_resumes_its_loss_scale(tmp_path):
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.eager
 def test_groups_of_the_user_resume(tmp_path):
     def make():
         return GroupOptimizer(
@@ -237,6 +239,7 @@ def test_groups_of_the_user_resume(tmp_path):
     assert result[0] == expected[0]
 
 
+@pytest.mark.eager
 def test_goes_on_at_its_epoch_in_its_stage(tmp_path, capsys):
     model, _ = build()
     with pytest.raises(Interruption):
@@ -250,6 +253,7 @@ def test_goes_on_at_its_epoch_in_its_stage(tmp_path, capsys):
     assert backbone.trainable_weights
 
 
+@pytest.mark.eager
 def test_the_epochs_of_a_stage_go_on_being_counted(tmp_path):
     arguments = {"patience": 9, "max_frozen_epochs": 3}
     model, _ = build()
@@ -260,6 +264,7 @@ def test_the_epochs_of_a_stage_go_on_being_counted(tmp_path):
     assert history["stage"] == [0, 1, 1, 1]
 
 
+@pytest.mark.eager
 def test_a_later_fit_runs_all_its_epochs(tmp_path):
     model, _ = build()
     with pytest.raises(Interruption):
@@ -269,6 +274,7 @@ def test_a_later_fit_runs_all_its_epochs(tmp_path):
     assert len(fit(model, epochs=3)["loss"]) == 3
 
 
+@pytest.mark.eager
 def test_a_resumed_fit_that_fails_before_its_first_epoch_leaves_no_epoch_set(tmp_path):
     model, _ = build()
     with pytest.raises(Interruption):
@@ -280,6 +286,7 @@ def test_a_resumed_fit_that_fails_before_its_first_epoch_leaves_no_epoch_set(tmp
     assert len(fit(model, epochs=3)["loss"]) == 3
 
 
+@pytest.mark.eager
 def test_what_a_resumed_run_had_unfrozen_is_not_unfrozen_early(tmp_path):
     settings = {"stages": [Stage("dense.*", 1e-3, epochs=2), Stage("all", 1e-4)], "patience": 9}
     model, _ = build()
@@ -291,6 +298,7 @@ def test_what_a_resumed_run_had_unfrozen_is_not_unfrozen_early(tmp_path):
     assert [one.unfrozen_early for one in ours.transitions] == [(), ()]
 
 
+@pytest.mark.eager
 def test_rates_of_a_backup_that_is_not_used_are_not_watched(tmp_path):
     settings = {"patience": 9, "max_frozen_epochs": 2}
     model, _ = build(keras.optimizers.SGD(0.02))
@@ -333,6 +341,7 @@ def test_the_same_model_goes_on_after_an_interruption(tmp_path):
         assert moves(ours) == expected[2]
 
 
+@pytest.mark.eager
 def test_a_model_that_went_further_than_its_backup_goes_back(tmp_path):
     expected = undisturbed(None, {})
     model, _ = build()
@@ -344,6 +353,7 @@ def test_a_model_that_went_further_than_its_backup_goes_back(tmp_path):
     assert values_of(model) == expected[0]
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("names", [("others", "rest"), ("others", "head")], ids=str)
 def test_a_model_that_went_further_keeps_the_groups_it_was_compiled_with(tmp_path, names):
     def make():
@@ -365,6 +375,7 @@ def test_a_model_that_went_further_keeps_the_groups_it_was_compiled_with(tmp_pat
     assert values_of(model) == expected[0]
 
 
+@pytest.mark.eager
 def test_what_had_stopped_stays_stopped(tmp_path):
     arguments = {"fine_tune_patience": 0, "monitor": "loss", "mode": "max", "patience": 0}
     expected = undisturbed(None, arguments)
@@ -377,6 +388,7 @@ def test_what_had_stopped_stays_stopped(tmp_path):
     assert values_of(model) == expected[0]
 
 
+@pytest.mark.eager
 def test_the_backup_is_deleted_at_the_end_or_kept(tmp_path):
     for keep in (False, True):
         model, _ = build()
@@ -390,6 +402,7 @@ def test_the_backup_is_deleted_at_the_end_or_kept(tmp_path):
 # What cannot be used.
 
 
+@pytest.mark.eager
 def test_a_backup_of_another_model_is_refused(tmp_path):
     model, _ = build()
     with pytest.raises(Interruption):
@@ -405,6 +418,7 @@ def test_a_backup_of_another_model_is_refused(tmp_path):
     assert values_of(other) == before
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -421,6 +435,7 @@ def test_a_backup_of_another_run_is_refused(tmp_path, arguments, words):
         fit(model, callback(tmp_path, **arguments))
 
 
+@pytest.mark.eager
 def test_a_backup_of_another_optimizer_changes_nothing(tmp_path):
     model, _ = build()
     with pytest.raises(Interruption):
@@ -434,6 +449,7 @@ def test_a_backup_of_another_optimizer_changes_nothing(tmp_path):
     assert backbone.trainable_weights == []
 
 
+@pytest.mark.eager
 def test_a_damaged_backup_is_warned_of_and_the_one_before_is_used(tmp_path):
     expected = undisturbed(None, {})
     model, _ = build()
@@ -448,6 +464,7 @@ def test_a_damaged_backup_is_warned_of_and_the_one_before_is_used(tmp_path):
     assert values_of(model) == expected[0]
 
 
+@pytest.mark.eager
 def test_a_full_disk_is_warned_of_once_and_training_goes_on(tmp_path, monkeypatch):
     expected = undisturbed(None, {})
     write = backup_module._write_arrays
@@ -471,6 +488,7 @@ def test_a_full_disk_is_warned_of_once_and_training_goes_on(tmp_path, monkeypatc
     assert max(os.listdir(tmp_path)) == "epoch-000002"
 
 
+@pytest.mark.eager
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp_path):
     (tmp_path / "file").write_text("")
     model, _ = build()
@@ -480,6 +498,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp
     assert values_of(model) == before
 
 
+@pytest.mark.eager
 def test_a_model_that_is_not_built_when_callbacks_begin_cannot_resume(tmp_path):
     def subclassed():
         wrapper = FrozenBackbone(models.Subclassed(["dense"]))
@@ -499,6 +518,7 @@ def test_a_model_that_is_not_built_when_callbacks_begin_cannot_resume(tmp_path):
     assert len(fit(model, callback(tmp_path))["loss"]) == EPOCHS - 2
 
 
+@pytest.mark.eager
 def test_warm_up_that_ends_with_training_leaves_the_full_rate():
     model, _ = build()
     fit(model, callback(max_frozen_epochs=1, patience=9, warmup_steps=50), epochs=3)

@@ -81,6 +81,7 @@ def callback(**arguments):
     return UnfreezeAtConvergence(monitor="loss", max_frozen_epochs=1, verbose=0, **arguments)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_each_run_is_like_the_first(name):
     optimizer = OPTIMIZERS[name]()
@@ -91,6 +92,7 @@ def test_each_run_is_like_the_first(name):
     assert ours.optimizer is optimizer
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("name", ["momentum", "schedule", "groups"])
 def test_a_deep_copy_of_a_callback_runs_like_it(name):
     """As KerasTuner makes one for each trial."""
@@ -106,6 +108,7 @@ def test_a_deep_copy_of_a_callback_runs_like_it(name):
     assert run(ours) == run(copied)
 
 
+@pytest.mark.eager
 def test_each_stage_is_like_the_first_runs():
     optimizer = keras.optimizers.SGD(0.5, momentum=0.9)
     stages = [Stage("all", 0.1, epochs=1), Stage("all", 0.05)]
@@ -114,11 +117,13 @@ def test_each_stage_is_like_the_first_runs():
     assert not optimizer.built
 
 
+@pytest.mark.eager
 def test_a_head_that_goes_on_beside_it():
     ours = callback(optimizer=keras.optimizers.SGD(0.1, momentum=0.9), head_learning_rate=0.01)
     assert run(ours) == run(ours)
 
 
+@pytest.mark.eager
 def test_a_second_fit_of_one_model_that_was_frozen_again():
     model, ours = build(), callback(optimizer=keras.optimizers.SGD(0.1, momentum=0.9))
     rates = []

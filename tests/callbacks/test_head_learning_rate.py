@@ -37,6 +37,10 @@ OPTIMIZERS = [
 ]
 
 
+# The others in the slow run: momentum, Adam, averages, accumulation and a schedule.
+ORDINARY = {0, 2, 14, 15, 16}
+
+
 def build(optimizer, **compile_arguments):
     keras.utils.set_random_seed(0)
     wrapper = FrozenBackbone(models.functional(["dense", "batchnorm", "dense"]))
@@ -70,7 +74,14 @@ def switch(learning_rate=1e-3, head_learning_rate=0.01, **arguments):
     )
 
 
-@pytest.mark.parametrize("index", range(len(OPTIMIZERS)))
+@pytest.mark.eager
+@pytest.mark.parametrize(
+    "index",
+    [
+        pytest.param(index, marks=() if index in ORDINARY else pytest.mark.slow)
+        for index in range(len(OPTIMIZERS))
+    ],
+)
 def test_the_head_goes_on_bit_for_bit(index):
     # The backbone joins, at a rate so low that none of its weights move. Eagerly: compiled,
     # TensorFlow fuses the head's kernels with others, which rounds in other ways.
@@ -100,6 +111,7 @@ def test_the_head_goes_on_bit_for_bit(index):
     assert int(head._iterations) == int(alone.optimizer._iterations) == 16
 
 
+@pytest.mark.eager
 def test_the_backbone_joins_with_its_rate():
     model, wrapper = build(keras.optimizers.Adam(0.01))
     dense = wrapper.backbone.layers[1]
@@ -121,6 +133,7 @@ def test_the_backbone_joins_with_its_rate():
     assert not np.array_equal(second, third)
 
 
+@pytest.mark.eager
 def test_the_backbone_starts_without_state():
     model, _ = build(keras.optimizers.Adam(0.01))
     iterations = Recorder(
@@ -135,6 +148,7 @@ def test_the_backbone_starts_without_state():
     assert int(model.optimizer.iterations) == 16
 
 
+@pytest.mark.eager
 def test_another_optimizer_for_the_backbone():
     model, _ = build(keras.optimizers.Adam(0.01))
     callback = UnfreezeAtConvergence(
@@ -177,6 +191,7 @@ def test_a_loaded_model_goes_on_with_its_groups(tmp_path):
     assert [b for _, b in as_bytes(loaded.weights)] == [b for _, b in as_bytes(model.weights)]
 
 
+@pytest.mark.eager
 def test_a_plateau_callback_scales_both_groups():
     model, _ = build(keras.optimizers.Adam(0.01))
     plateau = keras.callbacks.ReduceLROnPlateau(min_delta=1e9, patience=1, factor=0.5)
@@ -185,6 +200,7 @@ def test_a_plateau_callback_scales_both_groups():
     np.testing.assert_allclose(rates[0] / rates[1], 10, rtol=1e-5)
 
 
+@pytest.mark.eager
 def test_a_failing_switch_keeps_the_optimizer(monkeypatch):
     model, wrapper = build(keras.optimizers.Adam(0.01))
     before = model.optimizer
@@ -200,6 +216,7 @@ def test_a_failing_switch_keeps_the_optimizer(monkeypatch):
     fit(model, epochs=1)
 
 
+@pytest.mark.eager
 def test_groups_compiled_by_the_user_are_refused():
     groups = {"all": keras.optimizers.Adam(0.01)}
     model, _ = build(GroupOptimizer(groups))
@@ -209,6 +226,7 @@ def test_groups_compiled_by_the_user_are_refused():
     assert as_bytes(model.weights) == before
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("rate", [0.0, -1.0, "1e-3", float("nan")])
 def test_the_heads_rate_must_be_one(rate):
     with pytest.raises(ValueError, match="`head_learning_rate` must be a finite number"):

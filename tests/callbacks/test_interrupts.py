@@ -49,8 +49,9 @@ def fit(model, *callbacks, epochs=EPOCHS):
     ).history
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("hook", ["on_epoch_begin", "on_train_batch_begin", "on_train_batch_end"])
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=pytest.mark.slow), 1])
 def test_ctrl_c_leaves_the_model_as_it_was_trained(hook, stage):
     model, wrapper = build()
     callback = ours()
@@ -80,6 +81,7 @@ def test_ctrl_c_leaves_the_model_as_it_was_trained(hook, stage):
     assert history["stage"][0] == stage
 
 
+@pytest.mark.eager
 def test_a_warm_up_that_was_interrupted_is_over_in_the_next_fit():
     model, _ = build()
     callback = ours(warmup_steps=100)
@@ -140,6 +142,7 @@ CHILD = """
 """
 
 
+@pytest.mark.slow
 def test_pickled_into_a_child_process_it_does_the_same(tmp_path):
     callback = UnfreezeAtConvergence(
         stages=[Stage(1, 1e-3, epochs=1), Stage("all", 1e-4)],
@@ -171,6 +174,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.eager
 def test_a_file_needs_nothing_but_keras_tl(tmp_path):
     model, _ = build()
     checkpoint = keras.callbacks.ModelCheckpoint(tmp_path / "last.keras")

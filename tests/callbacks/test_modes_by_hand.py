@@ -104,10 +104,21 @@ NEEDS = {
 }
 
 
-def each(modes):
+# What is compiled is the point of these only: on TensorFlow the others need not be traced.
+COMPILED = {name for name, mode in MODES.items() if mode.compile} | {"plain", "mixed_float16"}
+
+
+def each(modes, slow=()):
     return [
         pytest.param(
-            mode, id=name, marks=[pytest.mark.covers(f"mode: {name}"), *NEEDS.get(name, [])]
+            mode,
+            id=name,
+            marks=[
+                pytest.mark.covers(f"mode: {name}"),
+                *NEEDS.get(name, []),
+                *([] if name in COMPILED else [pytest.mark.eager]),
+                *([pytest.mark.slow] if name in slow else []),
+            ],
         )
         for name, mode in modes.items()
     ]
@@ -157,7 +168,9 @@ def state_of(model):
     ]
 
 
-@pytest.mark.parametrize("mode", each({**MODES, "use_ema": Mode(optimizer=averaged)}))
+@pytest.mark.parametrize(
+    "mode", each({**MODES, "use_ema": Mode(optimizer=averaged)}, slow=set(MODES) - {"plain"})
+)
 def test_without_a_switch(mode):
     with made(mode) as (model, _):
         fit(model, 3)

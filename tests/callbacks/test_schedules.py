@@ -79,6 +79,7 @@ def values(schedule, steps):
     return [float(schedule(step)) for step in steps]
 
 
+@pytest.mark.eager
 @given(
     head=SCHEDULES,
     backbone=SCHEDULES,
@@ -121,6 +122,7 @@ def test_each_stage_begins_its_own_schedule(first, second, compiled):
     np.testing.assert_allclose(history["learning_rate_backbone_2"], expected, rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_the_rate_is_what_the_weights_are_trained_with():
     # SGD on a constant gradient: the bias of the output moves by the sum of the rates.
     class Sum(keras.losses.Loss):
@@ -138,6 +140,7 @@ def test_the_rate_is_what_the_weights_are_trained_with():
     np.testing.assert_allclose(np.diff([0.0, *bias]), [-2.0, -1.0, -0.75], rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_a_compiled_schedule_goes_on_where_weights_join_its_group():
     schedule = schedules.ExponentialDecay(0.1, 1, 0.9)
     groups = {"bias": keras.optimizers.SGD(0.1), "rest": keras.optimizers.Adam(schedule)}
@@ -150,6 +153,7 @@ def test_a_compiled_schedule_goes_on_where_weights_join_its_group():
     np.testing.assert_allclose(history["learning_rate_rest"], expected, rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_a_group_without_weights_begins_its_schedule_when_some_join():
     schedule = schedules.ExponentialDecay(0.1, 1, 0.9)
     groups = {"output": keras.optimizers.SGD(0.1), "rest": keras.optimizers.Adam(schedule)}
@@ -159,6 +163,7 @@ def test_a_group_without_weights_begins_its_schedule_when_some_join():
     np.testing.assert_allclose(history["learning_rate_rest"], expected, rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_a_compiled_schedule_goes_on_when_training_is_renewed():
     schedule = schedules.ExponentialDecay(0.1, 1, 0.9)
     model = build(keras.optimizers.Adam(schedule), run_eagerly=True)
@@ -194,6 +199,7 @@ def test_in_mixed_precision_with_a_loss_scale():
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.eager
 def test_with_accumulated_gradients_a_schedule_counts_steps_as_keras_does():
     schedule = schedules.CosineDecay(0.01, 20)
     model = build(keras.optimizers.Adam(0.01, gradient_accumulation_steps=2))
@@ -234,6 +240,7 @@ class Killed(RuntimeError):
     """Stands for the end of the process."""
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_a_resumed_run_goes_on_at_the_same_step(tmp_path, name):
     make, arguments = SCHEDULED[name]
@@ -259,6 +266,7 @@ def test_a_resumed_run_goes_on_at_the_same_step(tmp_path, name):
     assert values_of(resumed) == values_of(model)
 
 
+@pytest.mark.eager
 def test_a_saved_model_goes_on_in_its_schedule(tmp_path):
     schedule = schedules.CosineDecay(0.01, 20)
     model = build()
@@ -273,6 +281,7 @@ def test_a_saved_model_goes_on_in_its_schedule(tmp_path):
     assert [b for _, b in as_bytes(loaded.weights)] == [b for _, b in as_bytes(model.weights)]
 
 
+@pytest.mark.eager
 @given(schedule=SCHEDULES, first_step=st.integers(-5, 20), step=st.integers(0, 60))
 @settings(max_examples=examples(20))
 def test_a_shifted_schedule_is_the_schedule_later(schedule, first_step, step):

@@ -87,6 +87,7 @@ def recorder_of(wrapper):
 # What trains.
 
 
+@pytest.mark.eager
 def test_just_the_selected_layers_train_in_each_stage():
     model, wrapper = build()
     weights = recorder_of(wrapper)
@@ -120,6 +121,7 @@ def test_just_the_selected_layers_train_in_each_stage():
     assert [t.stage for t in callback.transitions] == [1, 2, 3, 4]
 
 
+@pytest.mark.eager
 def test_stages_of_a_plain_backbone_keep_what_was_frozen_by_hand():
     backbone = make_backbone()
     kernel, bias = backbone.get_layer("block3_dense").trainable_weights
@@ -141,6 +143,7 @@ def test_stages_of_a_plain_backbone_keep_what_was_frozen_by_hand():
     assert as_bytes([bias]) == before
 
 
+@pytest.mark.eager
 def test_train_batchnorm_is_of_the_stage():
     model, wrapper = build()
     gammas = [weight for weight in wrapper.weights if weight.name == "gamma"]
@@ -154,6 +157,7 @@ def test_train_batchnorm_is_of_the_stage():
     assert as_bytes(models.statistics(wrapper)) == statistics
 
 
+@pytest.mark.eager
 def test_stages_from_plain_data():
     model, _ = build()
     callback = staged(*[stage.to_dict() for stage in Stage.by_depth(make_backbone(), 2, 1e-3)])
@@ -174,23 +178,27 @@ def scored(*stages, **arguments):
     return staged(*stages, **settings | arguments)
 
 
+@pytest.mark.eager
 def test_a_stage_ends_by_its_own_patience():
     callback = scored(Stage("block3.*", 1e-3, patience=2), Stage("all", 1e-4))
     assert scripted_stages(callback, [5, 5, 4, 4, 4, 4, 4]) == [0, 0, 1, 1, 1, 2, 2]
     assert [t.reason for t in callback.transitions] == ["converged", "converged"]
 
 
+@pytest.mark.eager
 def test_a_stage_ends_by_the_patience_of_the_callback():
     callback = scored(Stage("block3.*", 1e-3), Stage("all", 1e-4))
     assert scripted_stages(callback, [5, 5, 4, 4, 4, 4, 4]) == [0, 0, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.eager
 def test_a_stage_ends_after_its_epochs_converged_or_not():
     callback = scored(Stage("block3.*", 1e-3, epochs=3), Stage("all", 1e-4))
     assert scripted_stages(callback, [5, 5, 4, 4, 4, 4]) == [0, 0, 1, 1, 1, 2]
     assert [t.reason for t in callback.transitions] == ["converged", "epochs"]
 
 
+@pytest.mark.eager
 def test_a_stage_ends_by_whichever_comes_first():
     callback = scored(
         Stage("block3.*", 1e-3, epochs=3, patience=1), Stage("all", 1e-4, epochs=2, patience=9)
@@ -198,22 +206,26 @@ def test_a_stage_ends_by_whichever_comes_first():
     assert scripted_stages(callback, [5, 5, 4, 4, 3, 3, 3, 3]) == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.eager
 def test_the_last_stage_ends_by_fine_tune_patience():
     callback = scored(Stage("block3.*", 1e-3), Stage("all", 1e-4), fine_tune_patience=2)
     assert scripted_stages(callback, [5, 5, 4, 4, 3, 3, 3, 3, 3]) == [0, 0, 1, 1, 2, 2, 2]
 
 
+@pytest.mark.eager
 def test_the_last_stage_ends_by_its_own_patience():
     callback = scored(Stage("block3.*", 1e-3), Stage("all", 1e-4, patience=1), fine_tune_patience=5)
     assert scripted_stages(callback, [5, 5, 4, 4, 3, 3, 3]) == [0, 0, 1, 1, 2, 2]
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_stage_that_diverges_ends_training(bad):
     callback = scored(Stage("block3.*", 1e-3), Stage("all", 1e-4))
     assert scripted_stages(callback, [5, 5, 4, bad, 3, 3]) == [0, 0, 1, 1]
 
 
+@pytest.mark.eager
 def test_early_stopping_before_it_ends_each_stage_but_not_the_last():
     stopping = keras.callbacks.EarlyStopping("score", mode="min", patience=1)
     callback = scored(Stage("block3.*", 1e-3), Stage("all", 1e-4), patience=9)
@@ -224,6 +236,7 @@ def test_early_stopping_before_it_ends_each_stage_but_not_the_last():
     assert [t.reason for t in callback.transitions] == ["early_stopping"] * 2
 
 
+@pytest.mark.eager
 def test_says_in_which_stage_training_ended(capsys):
     callback = scored(Stage("block3.*", 1e-3), Stage("all", 1e-4), verbose=1)
     scripted_stages(callback, [5, 5, 4])
@@ -233,6 +246,7 @@ def test_says_in_which_stage_training_ended(capsys):
     assert "training ended in stage 1 of 2. Pass more `epochs`" in out
 
 
+@pytest.mark.eager
 def test_says_what_is_frozen(capsys):
     callback = scored(Stage("block3.*", 1e-3), Stage("block[12]_dense", 1e-4), verbose=1)
     scripted_stages(callback, [5, 5, 4, 4, 4])
@@ -244,6 +258,7 @@ def test_says_what_is_frozen(capsys):
 # What the optimizer knows.
 
 
+@pytest.mark.eager
 def test_one_new_optimizer_a_stage_without_a_rate_for_the_head():
     model, _ = build()
     seen = Recorder(lambda model: int(model.optimizer.iterations))
@@ -254,6 +269,7 @@ def test_one_new_optimizer_a_stage_without_a_rate_for_the_head():
     assert "learning_rate_head" not in history
 
 
+@pytest.mark.eager
 def test_groups_go_on_and_what_joins_is_new():
     model, _ = build()
     seen = Recorder(
@@ -284,6 +300,7 @@ def test_groups_go_on_and_what_joins_is_new():
         np.testing.assert_allclose(values, expected[key], rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_groups_go_on_bit_for_bit():
     # What joins in stage 2 does so at a rate so low that it does not move. Eagerly: compiled,
     # TensorFlow fuses other kernels together, which rounds in other ways.
@@ -300,6 +317,7 @@ def test_groups_go_on_bit_for_bit():
     assert values_of(other)[trained:] == values_of(model)[trained:]
 
 
+@pytest.mark.eager
 def test_a_group_that_loses_a_layer_goes_on_with_the_rest():
     head = {"head_learning_rate": 5e-3, "epochs": 1}
     model, wrapper = build()
@@ -327,6 +345,7 @@ def test_a_group_that_loses_a_layer_goes_on_with_the_rest():
     assert np.array_equal(*slots)
 
 
+@pytest.mark.eager
 def test_rates_by_layer_with_and_without_a_group_for_the_head():
     for head in (None, 5e-3):
         model, wrapper = build(keras.optimizers.SGD(0.01))
@@ -344,6 +363,7 @@ def test_rates_by_layer_with_and_without_a_group_for_the_head():
         assert group == ("backbone_1" if head else "backbone_2")
 
 
+@pytest.mark.eager
 def test_rates_by_layer_of_a_group_that_goes_on(capsys):
     model, wrapper = build(keras.optimizers.SGD(0.01))
     head = {"head_learning_rate": 5e-3}
@@ -364,6 +384,7 @@ def test_rates_by_layer_of_a_group_that_goes_on(capsys):
     assert Transition.from_dict(json.loads(json.dumps(dataclasses.asdict(last)))) == last
 
 
+@pytest.mark.eager
 def test_rates_by_layer_without_stages():
     model, wrapper = build(keras.optimizers.SGD(0.01))
     rates = layerwise_learning_rates(wrapper, 1e-2, 0.5)
@@ -373,6 +394,7 @@ def test_rates_by_layer_without_stages():
     assert list(model.optimizer.groups) == ["head", "backbone"]
 
 
+@pytest.mark.eager
 def test_a_rate_for_each_layer_that_trains_is_asked_before_the_first_step():
     model, _ = build()
     before = values_of(model)
@@ -382,6 +404,7 @@ def test_a_rate_for_each_layer_that_trains_is_asked_before_the_first_step():
     assert values_of(model) == before
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("head", [None, 5e-3])
 def test_mixed_precision_keeps_the_loss_scale(head):
     keras.config.set_dtype_policy("mixed_float16")
@@ -395,6 +418,7 @@ def test_mixed_precision_keeps_the_loss_scale(head):
         keras.config.set_dtype_policy("float32")
 
 
+@pytest.mark.eager
 def test_an_optimizer_for_all_stages():
     model, _ = build()
     callback = staged(
@@ -408,6 +432,7 @@ def test_an_optimizer_for_all_stages():
 # The best of the run.
 
 
+@pytest.mark.eager
 def test_regularizers_count_alike_in_all_stages(capsys):
     # They count in the loss for what trains only: a stage that freezes a layer seems better.
     wrapper = FrozenBackbone(make_backbone())
@@ -437,6 +462,7 @@ def schedule(head):
     ]
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("head", [None, 5e-3])
 def test_a_loaded_model_goes_on_in_its_stage(tmp_path, head):
     model, wrapper = build()
@@ -453,6 +479,7 @@ def test_a_loaded_model_goes_on_in_its_stage(tmp_path, head):
     assert blocks_that_moved(wrapper, weights.records)[1:] == [["block2", "block3"], list(BLOCKS)]
 
 
+@pytest.mark.eager
 def test_a_second_fit_goes_on_in_its_stage():
     model, _ = build()
     callback = staged(*schedule(None))
@@ -464,6 +491,7 @@ def test_a_second_fit_goes_on_in_its_stage():
 # A model compiled with groups of the user's own.
 
 
+@pytest.mark.eager
 def test_what_is_unfrozen_joins_the_group_that_the_user_assigned():
     wrapper = FrozenBackbone(make_backbone())
     optimizer = GroupOptimizer(
@@ -487,6 +515,7 @@ def test_what_is_unfrozen_joins_the_group_that_the_user_assigned():
     np.testing.assert_allclose(history["learning_rate_backbone"], [0, 0, 1e-3, 1e-3], rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_a_group_that_gains_variables_starts_anew_and_the_others_go_on():
     wrapper = FrozenBackbone(make_backbone())
     optimizer = GroupOptimizer(
@@ -502,6 +531,7 @@ def test_a_group_that_gains_variables_starts_anew_and_the_others_go_on():
     assert iterations == {"output": 4, "rest": 2}
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -518,6 +548,7 @@ def test_groups_of_the_user_have_their_own_rates(arguments):
     assert values_of(model) == before
 
 
+@pytest.mark.eager
 def test_what_would_join_no_group_is_named_before_the_first_step():
     wrapper = FrozenBackbone(make_backbone())
     optimizer = GroupOptimizer(
@@ -549,6 +580,7 @@ class Rates(keras.callbacks.Callback):
         self.rates.append(float(optimizer.learning_rate))
 
 
+@pytest.mark.eager
 def test_warm_up_is_linear_from_zero_to_the_rate_of_the_stage():
     model, _ = build()
     rates = Rates()
@@ -560,6 +592,7 @@ def test_warm_up_is_linear_from_zero_to_the_rate_of_the_stage():
     assert [t.learning_rate_after for t in callback.transitions] == [float(np.float32(1e-3))]
 
 
+@pytest.mark.eager
 def test_warm_up_is_for_what_is_new():
     model, _ = build()
     head, backbone = Rates("head"), Rates("backbone")
@@ -571,6 +604,7 @@ def test_warm_up_is_for_what_is_new():
     np.testing.assert_allclose(backbone.rates[2:], [0, 2.5e-4, 5e-4, 7.5e-4], rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_warm_up_in_each_stage():
     model, _ = build()
     rates = Rates()
@@ -579,6 +613,7 @@ def test_warm_up_in_each_stage():
     np.testing.assert_allclose(rates.rates, [0.01, 0.01, 0, 5e-3, 0, 5e-4, 1e-3, 1e-3], rtol=1e-5)
 
 
+@pytest.mark.eager
 def test_warm_up_ends_when_another_callback_sets_the_rate():
     model, _ = build()
     rates = Rates()
@@ -593,6 +628,7 @@ def test_warm_up_ends_when_another_callback_sets_the_rate():
     np.testing.assert_allclose(rates.rates[2:], [0, 1e-4, 0.5, 0.5, 0.5, 0.5], rtol=1e-5)
 
 
+@pytest.mark.eager
 def test_the_rate_of_a_step_is_the_one_that_is_used():
     # SGD's step is its rate: at a rate of zero nothing moves.
     model, _ = build(keras.optimizers.SGD(0.1), run_eagerly=True)
@@ -612,6 +648,7 @@ def test_the_rate_of_a_step_is_the_one_that_is_used():
     assert moved == [True, True, False, True]
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -625,6 +662,7 @@ def test_warm_up_needs_rates_that_can_be_set(arguments):
         UnfreezeAtConvergence(**arguments, warmup_steps=3)
 
 
+@pytest.mark.eager
 def test_warm_up_needs_an_optimizer_whose_rate_can_be_set():
     schedule = keras.optimizers.schedules.ExponentialDecay(0.1, 2, 0.5)
     optimizer = keras.optimizers.SGD(schedule)
@@ -635,6 +673,7 @@ def test_warm_up_needs_an_optimizer_whose_rate_can_be_set():
         fit(model, UnfreezeAtConvergence(warmup_steps=3))
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("steps", [-1, 1.5])
 def test_warm_up_takes_whole_steps(steps):
     with pytest.raises(ValueError, match="`warmup_steps` must be an int of at least 0"):
@@ -644,6 +683,7 @@ def test_warm_up_takes_whole_steps(steps):
 # As a property.
 
 
+@pytest.mark.eager
 @given(
     ends=st.lists(st.sampled_from([1, 2]), min_size=2, max_size=3),
     selections=st.lists(
@@ -687,6 +727,7 @@ def test_what_a_stage_freezes_stays_bit_for_bit(ends, selections, head, train_ba
     assert as_bytes(models.statistics(wrapper)) == statistics
 
 
+@pytest.mark.eager
 def test_layerwise_rates_go_by_name_to_a_backbone_made_anew():
     _, first = build()
     rates = layerwise_learning_rates(first, 0.1, decay=0.5)
@@ -701,6 +742,7 @@ def test_layerwise_rates_go_by_name_to_a_backbone_made_anew():
     assert callback.stages[0].learning_rate is rates
 
 
+@pytest.mark.eager
 def test_layerwise_rates_of_a_backbone_with_other_layers():
     other = FrozenBackbone(models.functional(["dense", "dense"]))
     callback = UnfreezeAtConvergence(layerwise_learning_rates(other, 0.1, decay=0.5))

@@ -82,6 +82,7 @@ def test_subclassed_model_that_is_not_built_before_fit():
     assert moved == {"kernel", "bias"}
 
 
+@pytest.mark.eager
 def test_best_weights_of_a_model_that_is_not_built_before_fit():
     model = models.SubclassedOuter(FrozenBackbone(models.Subclassed(["dense"])))
     model.compile("adam", "mse")
@@ -105,6 +106,7 @@ def test_plain_backbone_in_a_model_that_is_not_built_before_fit():
     assert moved == {"kernel", "bias"}
 
 
+@pytest.mark.eager
 def test_empty_selection_in_a_model_that_is_not_built_before_fit():
     model = models.SubclassedOuter(FrozenBackbone(models.Subclassed(["dense"])))
     model.compile("adam", "mse")
@@ -129,6 +131,7 @@ def multi_output_model(wrapper):
     return model
 
 
+@pytest.mark.eager
 @pytest.mark.covers("model: several outputs with weights and metrics")
 def test_several_outputs_with_weighted_metrics():
     wrapper = backbone()
@@ -140,6 +143,7 @@ def test_several_outputs_with_weighted_metrics():
     assert "val_right_mse" in history.history
 
 
+@pytest.mark.eager
 def test_metrics_after_the_switch_are_what_evaluate_says():
     wrapper = backbone()
     model = models.functional_outer(wrapper)
@@ -256,6 +260,7 @@ def test_custom_train_step():
     check(model, wrapper, X, Y)
 
 
+@pytest.mark.eager
 @pytest.mark.covers("model: `compile` of its own")
 def test_overridden_compile():
     class Overridden(CustomStep):
@@ -270,6 +275,7 @@ def test_overridden_compile():
     assert isinstance(model.optimizer, keras.optimizers.SGD)
 
 
+@pytest.mark.eager
 def test_model_without_an_optimizer_is_refused():
     class Without(CustomStep):
         def compile(self):
@@ -317,6 +323,7 @@ def test_kinds_of_data(data, arguments):
     check(model, wrapper, data(), **arguments)
 
 
+@pytest.mark.eager
 @pytest.mark.covers("data: validation split")
 def test_validation_split():
     wrapper = backbone()
@@ -325,6 +332,7 @@ def test_validation_split():
     check(model, wrapper, X, Y, validation_split=0.5, validation_data=None)
 
 
+@pytest.mark.eager
 def test_validation_in_some_epochs_only():
     wrapper = backbone()
     model = models.functional_outer(wrapper)
@@ -334,6 +342,7 @@ def test_validation_in_some_epochs_only():
     assert history.history["stage"] == [0, 0, 0, 0, 1, 1]
 
 
+@pytest.mark.eager
 def test_initial_epoch():
     wrapper = backbone()
     model = models.functional_outer(wrapper)

@@ -75,6 +75,7 @@ def steps_until_error(model, callback, words, error=ValueError):
 OUTERS = pytest.mark.parametrize("outer", [models.functional_outer, models.SubclassedOuter])
 
 
+@pytest.mark.eager
 @OUTERS
 @pytest.mark.parametrize(
     ("optimizer", "words"),
@@ -90,18 +91,21 @@ def test_an_optimizer_that_cannot_be_made_again_is_an_error_before_the_first_ste
     assert steps_until_error(model, switch(), words) == 0
 
 
+@pytest.mark.eager
 def test_such_an_optimizer_serves_until_a_switch_to_another():
     model = build(WithoutConfig(20))
     fit(model, switch(optimizer=keras.optimizers.SGD(1e-3), verbose=0))
     assert not isinstance(model.optimizer, WithoutConfig)
 
 
+@pytest.mark.eager
 def test_an_argument_that_is_as_by_default_is_not_lost():
     model = build(LosesArgument())
     fit(model, switch(verbose=0))
     assert model.optimizer.total_steps == 10
 
 
+@pytest.mark.eager
 @OUTERS
 def test_an_optimizer_that_cannot_be_built_is_an_error_before_the_second_step(outer):
     model = build(FailsToBuild(), outer)
@@ -112,6 +116,7 @@ def test_an_optimizer_that_cannot_be_built_is_an_error_before_the_second_step(ou
     assert len(model.trainable_weights) == 2
 
 
+@pytest.mark.eager
 def test_every_stage_is_tried():
     model = build(FailsToBuild())
     first, second = models.frozen_backbone_of(model).backbone.layers[1::2]
@@ -225,6 +230,7 @@ class OwnOptimizer(keras.Model):
         return {"loss": keras.ops.mean(data[0])}, state
 
 
+@pytest.mark.eager
 @TORCH_HAS_NO_TAPE
 def test_an_optimizer_that_keras_makes_by_default_beside_others_is_an_error_at_once():
     model = OwnOptimizer()
@@ -233,6 +239,7 @@ def test_an_optimizer_that_keras_makes_by_default_beside_others_is_an_error_at_o
     assert steps_until_error(model, switch(), words) == 0
 
 
+@pytest.mark.eager
 @TORCH_HAS_NO_TAPE
 def test_an_optimizer_that_made_no_step_is_an_error_at_the_first_epochs_end():
     model = OwnOptimizer()
@@ -247,6 +254,7 @@ class OwnStep(keras.Model):
         return super().train_step(*args, **kwargs)
 
 
+@pytest.mark.eager
 def test_a_step_of_ones_own_that_uses_the_optimizer_is_no_error():
     plain = build()
     model = OwnStep(plain.inputs, plain.outputs)
@@ -258,6 +266,7 @@ def test_a_step_of_ones_own_that_uses_the_optimizer_is_no_error():
     assert callback.stage == 1
 
 
+@pytest.mark.eager
 def test_a_step_that_accumulates_gradients_is_a_step():
     plain = build()
     model = OwnStep(plain.inputs, plain.outputs)
@@ -267,6 +276,7 @@ def test_a_step_that_accumulates_gradients_is_a_step():
     assert callback.stage == 1
 
 
+@pytest.mark.eager
 def test_a_step_that_overflows_is_a_step():
     plain = build()
     model = OwnStep(plain.inputs, plain.outputs)
