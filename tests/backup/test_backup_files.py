@@ -109,7 +109,7 @@ def test_whatever_a_state_says_the_one_before_is_used(interrupted, fresh, tmp_pa
         assert ours.stage == 1
         assert fresh.trainable_weights
         used = [one for one in told if "a backup is not used: epoch-000004: " in one]
-        assert len(used) == (ours._done_before == 3)
+        assert len(used) == (ours._run._kept.epochs_done == 3)
         raise Interruption
     assert state_of(fresh) == before
 
@@ -143,7 +143,7 @@ def test_arrays_of_another_optimizer_are_rolled_back(folder, fresh, monkeypatch)
     monkeypatch.setattr(switching, "restore_training", fail_at_first)
     with pytest.raises(Interruption), switching.all_or_nothing(fresh, fresh.variables):
         ours, told = begin(fresh, folder)
-        assert ours._done_before == 3
+        assert ours._run._kept.epochs_done == 3
         assert any("epoch-000004: The backup is of another optimizer" in one for one in told)
         raise Interruption
     assert state_of(fresh) == before
@@ -159,7 +159,7 @@ def test_a_backup_of_the_first_version_is_resumed_with_a_warning(folder, fresh):
         rewrite(folder, epoch, older)
     with pytest.raises(Interruption), switching.all_or_nothing(fresh, fresh.variables):
         ours, told = begin(fresh, folder)
-        assert ours._done_before == 4
+        assert ours._run._kept.epochs_done == 4
         assert any(
             "was made by keras_tl 0.1, which did not note of which run" in one for one in told
         )

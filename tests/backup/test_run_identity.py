@@ -63,7 +63,7 @@ def identity(model, folder, callback=None, x=X, y=Y, validation=VALIDATION, **fi
             **{"epochs": 3, "batch_size": 8, **fit_arguments},
         )
     # As it comes out of a file.
-    return json.loads(json.dumps(ours._identity))
+    return json.loads(json.dumps(ours._run._kept._identity))
 
 
 _identities = {}
@@ -140,7 +140,7 @@ def test_a_model_that_was_trained_since_is_the_same_run(tmp_path):
     fit = {"validation_data": VALIDATION, "epochs": 3, "batch_size": 8, "verbose": 0}
     with pytest.raises(Stop):
         model.fit(X, Y, callbacks=[ours, Interrupt()], **fit)
-    first = json.loads(json.dumps(ours._identity))
+    first = json.loads(json.dumps(ours._run._kept._identity))
     callback = {"max_frozen_epochs": 1, "learning_rate": 0.5}
     assert why_another_run(first, identity(model, tmp_path, callback)) is None
     # Compiled anew with another rate, it is not.
