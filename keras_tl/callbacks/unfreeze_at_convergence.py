@@ -22,20 +22,20 @@ from keras_tl.stages.transition import Transition
 
 
 class UnfreezeAtConvergence(keras.callbacks.Callback):
-    """Unfreezes the backbone when the head has converged, and goes on with a low learning rate.
+    """Unfreezes the backbone once the head has converged, and keeps training at a low rate.
 
     In one `fit`: the head trains on the frozen backbone (stage 0) until `monitor` stops improving.
     Then the best weights of the stage are restored, the backbone's layers are unfrozen, optimizer
-    and train step are renewed with `learning_rate`, and fine-tuning (stage 1) goes on. The best
+    and train step are renewed with `learning_rate`, and fine-tuning (stage 1) starts. The best
     weights of the whole run are what remains.
 
     The epoch's logs, and so `History`, get `learning_rate` and `stage`. Place other callbacks that
     stop training before this one: an `EarlyStopping` before it that stops training in stage 0
     counts as convergence, and starts over in stage 1. A stop by any other callback ends training.
 
-    A schedule that is given for a stage, also to the head, begins at that stage's switch; one that
-    the model was compiled with goes on. A callback that sets learning rates of its own undoes those
-    of the switch, and is warned of.
+    A schedule that is given for a stage, also to the head, starts at that stage's switch; one that
+    the model was compiled with continues. A callback that sets learning rates of its own undoes
+    those of the switch, and is warned of.
 
     Without a `FrozenBackbone`, pass `backbone`. A plain backbone that is wholly trainable when
     `fit` starts is frozen first. Its BatchNormalization layers are then never unfrozen: in a plain
@@ -46,8 +46,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     A model whose layers in question are trainable already, such as one loaded after the switch,
     starts in stage 1; with `stages` in the first in which just the layers that are trainable train.
     A plain backbone without BatchNormalization is trainable then as it was before it was ever
-    frozen: it goes on if the optimizer has trained it. A loaded KerasHub task knows neither, and
-    starts in stage 0.
+    frozen: fine-tuning continues if the optimizer has trained it. A loaded KerasHub task knows
+    neither, and starts in stage 0.
 
     A model compiled with a `GroupOptimizer` keeps its groups: what is unfrozen joins the group that
     `assign` says, with that group's learning rate, and groups that nothing joins keep their state.
@@ -80,7 +80,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             has not converged. Defaults to `None`.
         optimizer: A `keras.optimizers.Optimizer` that is not built, whose copy is for stage 1, with
             its own learning rate (`learning_rate` is then to be left out). It stays as it is, so
-            each `fit` begins with what was given. Defaults to a copy of the compiled one's
+            each `fit` starts with what was given. Defaults to a copy of the compiled one's
             configuration. Each of `stages` takes a copy, with its learning rate.
         head_learning_rate: Float, `LearningRateSchedule` or callable. The learning rate in stage 1
             of what trains in stage 0, which then keeps its optimizer's state, as the group "head"
@@ -97,14 +97,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             adding what regularizers of the unfrozen layers put on the loss. Defaults to `True`.
         backup_dir: String or path. A folder in which the whole state of the run is kept after each
             epoch: weights, optimizer, stage, counters, best weights. The same `fit`, started again
-            after it was interrupted or killed, goes on from there with the next epoch. Weights and
+            after it was interrupted or killed, resumes with the next epoch. Weights and
             random seeds of the model are restored bit for bit; data that is shuffled at random
             starts over. `BackupAndRestore` is not needed. Of several processes that train together,
             all must see the folder; the first writes. A relative path is taken from the folder that
             is current when the callback is made. Defaults to `None`: no backup.
 
-            A backup knows its run, and another run does not go on from it: that is an error that
-            says what differs. Compared are the model's configuration; optimizer, loss and metrics;
+            A backup knows its run. To resume another run from it is an error that says what
+            differs. Compared are the model's configuration; optimizer, loss and metrics;
             the settings of this callback and which weights train in each stage; the seed of
             `keras.utils.set_random_seed`, if both have set one, and then also what a frozen
             backbone has learnt, which is otherwise no more than a warning;
@@ -121,7 +121,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         stage: Int. The stage that the model is in: 0 while the backbone is frozen, then 1, ...
         stages: List of `Stage`, those after stage 0.
         transitions: List of `Transition`, the switches of the last `fit`.
-        decided: Bool. Whether the next epoch begins with a switch.
+        decided: Bool. Whether the next epoch starts with a switch.
         best_epoch: Int or None. The epoch, counted from 0, whose weights the last `fit` ended with
             because they were the best.
         history: The `History` of the last `fit`, or None before the first.
@@ -260,7 +260,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     @property
     def decided(self) -> bool:
-        """Whether the next epoch begins with a switch."""
+        """Whether the next epoch starts with a switch."""
         return self._run is not None and self._run.state.progress.switch_reason is not None
 
     @property

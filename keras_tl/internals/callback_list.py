@@ -57,6 +57,8 @@ def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
 
 def _list_frame(callback: keras.callbacks.Callback) -> types.FrameType | None:
     """Returns the frame of the list that calls the callback."""
+    # By what is in the list, not by the first list: a callback may run a `fit` of its own, and that
+    # of an outer `fit` is on the stack too. Outwards, so the innermost list that has it is found.
     frame = inspect.currentframe()
     while frame is not None:
         running = frame.f_locals.get("self")

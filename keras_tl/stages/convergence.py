@@ -70,7 +70,7 @@ class ConvergenceMonitor:
         self.wait = 0
 
     def update(self, epoch: int, value: float) -> bool:
-        """Takes the value of an epoch in.
+        """Records one epoch's value.
 
         Args:
             epoch: Int. The epoch, counted from 0.
@@ -99,7 +99,7 @@ class ConvergenceMonitor:
         return {"best": best, "best_epoch": self.best_epoch, "wait": self.wait}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Goes on where another monitor was.
+        """Continues where another monitor was.
 
         Args:
             state: What its `get_state` returned.

@@ -92,6 +92,8 @@ class JointFits(keras.callbacks.CallbackList):
             return
         self._trainer.set_model(trainer)
         self._until = until
+        # `fit` takes a ready CallbackList as it is, and so neither gives the callbacks its own
+        # model nor adds a History: what a fit of its own would tell them is set here.
         self.set_params({**self._settings, "steps": steps})
         trainer.history = self.history  # Which `fit` returns.
         trainer.fit(*data, callbacks=self, initial_epoch=self._epoch, **self._settings, **settings)
@@ -101,10 +103,10 @@ class JointFits(keras.callbacks.CallbackList):
         super().on_train_end()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        """Does nothing: `begin` does."""
+        """Does nothing: to the callbacks training starts once, in `begin`, before the first fit."""
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
-        """Does nothing: `end` does."""
+        """Does nothing: to the callbacks training ends once, in `end`, after the last fit."""
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         _ = self._trainer.model
@@ -113,6 +115,7 @@ class JointFits(keras.callbacks.CallbackList):
     def on_train_batch_end(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         trainer = self._trainer.model
         super().on_train_batch_end(batch, logs)
+        # Callbacks stop their model, and it is another one that has to stop.
         trainer.stop_training |= self.model.stop_training
 
     def on_epoch_end(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

@@ -34,6 +34,7 @@ def place(
     for observed, before, after in around:
         for observer in (before, after):
             observer.set_model(ours.model)
+        # By identity: a callback may define equality, and positions shift as observers join.
         position = next(index for index, one in enumerate(callbacks) if one is observed)
         callbacks[position : position + 1] = [before, observed, after]
     # Another list, for Keras is going through this one now.

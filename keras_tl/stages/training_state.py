@@ -91,6 +91,7 @@ class TrainingState:
         Returns:
             The `Transition`, which is noted too.
         """
+        # Flags and optimizer are others after the switch: what they were is read before it.
         before = list(self._model.trainable_weights)
         rate = learning_rate_of(self._model.optimizer)
         self._staged.enter(self.progress.stage + 1, self.progress.best)

@@ -14,7 +14,7 @@ class WarmUp:
     """Raises the learning rates of fresh optimizers linearly from zero to what they are.
 
     At the step at which an optimizer has made n updates its rate is `n / steps` of the full one. If
-    another callback sets the rate meanwhile, its word counts, and the warm-up is over.
+    another callback sets the rate meanwhile, that rate is kept, and the warm-up is over.
 
     Args:
         optimizers: List of `keras.optimizers.Optimizer`, each with a number for a learning rate.

@@ -15,6 +15,8 @@ from keras_tl import (
 from tests import models
 from tests.conftest import regression_data
 
+pytestmark = pytest.mark.eager
+
 X, Y = regression_data()
 
 

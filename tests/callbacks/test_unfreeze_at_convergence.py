@@ -36,7 +36,7 @@ def build(outer=models.functional_outer, optimizer=None, kinds=("dense", "batchn
 def fit(model, *callbacks, epochs=6, **arguments):
     arguments.setdefault("validation_data", (X, Y))
     return model.fit(
-        X, Y, batch_size=8, epochs=epochs, callbacks=list(callbacks), verbose=0, **arguments
+        X, Y, batch_size=16, epochs=epochs, callbacks=list(callbacks), verbose=0, **arguments
     )
 
 

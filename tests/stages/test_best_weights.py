@@ -4,11 +4,11 @@ import math
 import keras
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_tl.stages.best_weights import BestWeights, Snapshot
-from tests.conftest import as_bytes
+from tests.conftest import as_bytes, examples
 
 
 @pytest.fixture
@@ -24,6 +24,7 @@ def assign(weights, number):
 
 
 @given(dtype=st.sampled_from(["float32", "float16", "bfloat16", "int8", "bool"]), data=st.data())
+@settings(max_examples=examples(100))
 def test_snapshot_puts_back_every_bit(dtype, data):
     shape = (2, 3)
     trainable = dtype not in ("int8", "bool")  # Which torch gives no gradient.

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keras_tl import ConvergenceMonitor
+from tests.conftest import examples
 
 values = st.one_of(
     st.sampled_from([0.0, -0.0, 0.5, 1.0, math.nan, math.inf, -math.inf]),
@@ -49,7 +50,7 @@ def monitor_epoch(series, **arguments):
     start_from_epoch=st.integers(0, 3),
 )
 @example([0.1, 0.1 - 1e-12, 0.1 - 2e-12], "min", 0.0, 1, 0)
-@settings(max_examples=400)
+@settings(max_examples=examples(400))
 def test_converges_when_early_stopping_stops(series, mode, min_delta, patience, start_from_epoch):
     arguments = {
         "mode": mode,

@@ -64,9 +64,11 @@ def ours(**arguments):
 
 
 @pytest.mark.filterwarnings("ignore:UnfreezeAtConvergence. training ended with the backbone")
-@pytest.mark.parametrize("hook", ["on_epoch_end", "on_train_batch_end"])
+@pytest.mark.parametrize(
+    "hook", ["on_epoch_end", pytest.param("on_train_batch_end", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("order", ["before", "after", "last"])
-@pytest.mark.parametrize("epoch", [0, 1, 2])
+@pytest.mark.parametrize("epoch", [0, pytest.param(1, marks=pytest.mark.slow), 2])
 def test_another_callbacks_stop_ends_training(model, hook, order, epoch):
     other, stopping, own = StopAt(epoch, hook), early_stopping(), ours()
     lists = {

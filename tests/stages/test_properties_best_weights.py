@@ -67,7 +67,7 @@ def test_final_value_is_the_best_in_the_history(
             X,
             Y,
             epochs=6,
-            batch_size=8,
+            batch_size=16,
             validation_data=VALIDATION,
             callbacks=[callback, Counted()],
             verbose=0,
@@ -77,7 +77,7 @@ def test_final_value_is_the_best_in_the_history(
     if monitor == "val_mae":
         totals = [0.0] * len(totals)
     values = [value + total for value, total in zip(history[monitor], totals, strict=True)]
-    evaluated = model.evaluate(*VALIDATION, batch_size=8, verbose=0, return_dict=True)
+    evaluated = model.evaluate(*VALIDATION, batch_size=16, verbose=0, return_dict=True)
     final = evaluated[monitor.removeprefix("val_")]
     if monitor != "val_mae":
         counting = {id(weight) for weight in wrapper.trainable_weights}

@@ -58,12 +58,12 @@ def fit(model, *callbacks, epochs=4):
 @pytest.mark.parametrize(
     ("hook", "order"),
     [
-        ("on_train_batch_begin", "before"),
+        pytest.param("on_train_batch_begin", "before", marks=pytest.mark.slow),
         ("on_train_batch_begin", "after"),
         ("on_batch_begin", "before"),
-        ("on_train_batch_end", "after"),
+        pytest.param("on_train_batch_end", "after", marks=pytest.mark.slow),
         ("on_epoch_begin", "before"),
-        ("on_epoch_begin", "after"),
+        pytest.param("on_epoch_begin", "after", marks=pytest.mark.slow),
     ],
 )
 def test_a_callback_that_sets_a_higher_rate_is_named_once(hook, order):

@@ -35,6 +35,7 @@ def config_but_rate(optimizer):
 
 
 @given(optimizer=strategies.optimizers(), rate=st.sampled_from([1e-5, np.float32(1e-3), 1]))
+@settings(max_examples=examples(100))
 def test_renewed_optimizer_differs_in_learning_rate_alone(optimizer, rate):
     variable = keras.Variable([1.0])
     optimizer.build([variable])
@@ -126,6 +127,7 @@ def test_renewed_training_moves_what_is_trainable_now():
     assert [path.split("/")[-1] for path in changed] == ["kernel", "bias"]
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("built", [False, True])
 def test_an_optimizer_of_the_users_is_loss_scaled_as_compile_does(built):
     keras.config.set_dtype_policy("mixed_float16")
@@ -152,6 +154,7 @@ def test_renewed_training_keeps_stop_training_and_metrics():
     assert all(a is b for a, b in zip(metrics, model.metrics))
 
 
+@pytest.mark.eager
 def test_saved_model_has_the_renewed_optimizer(tmp_path):
     model, backbone = compiled_model("sgd")
     model.fit(*regression_data(), verbose=0)
@@ -237,6 +240,7 @@ class Averages(keras.callbacks.Callback):
         self.records.append({v.path: (np.array(v), np.array(average)) for v, average in pairs})
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("by_layer", [False, True])
 def test_averages_of_weights_that_keep_training_go_on(by_layer):
     model, wrapper = compiled_model(keras.optimizers.SGD(0.1, use_ema=True, ema_momentum=0.5))

@@ -23,7 +23,8 @@ def values(events, tag):
     return [float(tf.make_ndarray(event.tensor_proto)) for event in events.Tensors(tag)]
 
 
-@pytest.mark.parametrize("update_freq", ["epoch", 1])
+@pytest.mark.eager
+@pytest.mark.parametrize("update_freq", [pytest.param("epoch", marks=pytest.mark.slow), 1])
 def test_shows_stages_rates_parameters_and_the_switch(tmp_path, update_freq):
     model = models.functional_outer(FrozenBackbone(models.functional(["dense", "batchnorm"])))
     model.compile(keras.optimizers.Adam(0.01), "mse")
