@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -180,10 +181,12 @@ def moved_graph(model: keras.Model) -> Callable[[Sequence[Any]], Any]:
     for operation in part.operations:
         operation._inbound_nodes.clear()
 
-    def call(replacements: Sequence[Any]) -> Any:
-        return part._run_through_graph(list(replacements))
+    return functools.partial(_call_graph, part)
 
-    return call
+
+@checked(SINCE_3_15)
+def _call_graph(graph: Any, tensors: Sequence[Any]) -> Any:
+    return graph._run_through_graph(list(tensors))
 
 
 @checked(SINCE_3_15)

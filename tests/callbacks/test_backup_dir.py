@@ -18,6 +18,7 @@ from keras_tl import (
     UnfreezeAtConvergence,
 )
 from keras_tl.backup import snapshots as backup_module
+from keras_tl.stages.training_state import TrainingState
 from tests import models
 from tests.conftest import (
     SEVERAL_STEPS,
@@ -232,7 +233,7 @@ def test_groups_of_the_user_resume(tmp_path):
             assign={"output": "output/.*"},
         )
 
-    arguments = {"learning_rate": 1e-5}
+    arguments = {"learning_rate": None}
     expected = undisturbed(make(), arguments)
     hooks = [("on_epoch_end", 2), ("on_epoch_end", 3)]
     result = interrupted(tmp_path, make, arguments, hooks)
@@ -299,26 +300,26 @@ def test_what_a_resumed_run_had_unfrozen_is_not_unfrozen_early(tmp_path):
 
 
 @pytest.mark.eager
-def test_rates_of_a_backup_that_is_not_used_are_not_watched(tmp_path):
+def test_rates_of_a_backup_that_is_not_used_are_not_watched(tmp_path, monkeypatch):
     settings = {"patience": 9, "max_frozen_epochs": 2}
     model, _ = build(keras.optimizers.SGD(0.02))
     with pytest.raises(Interruption):
         fit(model, callback(tmp_path, **settings), InterruptAt("on_epoch_begin", 4))
     model, _ = build(keras.optimizers.SGD(0.02))
     ours = callback(tmp_path, **settings)
-    read, failed = ours._read_schedule_starts, []
+    read, failed = TrainingState._schedule_starts, []
 
-    def raise_once(state):
+    def raise_once(self, state):
         if not failed:
             failed.append(state)
             raise ValueError("it is damaged.")
-        return read(state)
+        return read(self, state)
 
     class Harmless(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             pass
 
-    ours._read_schedule_starts = raise_once
+    monkeypatch.setattr(TrainingState, "_schedule_starts", raise_once)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         history = fit(model, Harmless(), ours)
@@ -360,7 +361,7 @@ def test_a_model_that_went_further_keeps_the_groups_it_was_compiled_with(tmp_pat
         groups = {name: keras.optimizers.SGD(0.02, momentum=0.9) for name in names}
         return GroupOptimizer(groups, assign={names[0]: ".*(?<!bias)"})
 
-    arguments = {"learning_rate": 1e-5}
+    arguments = {"learning_rate": None}
     expected = undisturbed(make(), arguments)
     switch = expected[1]["stage"].index(1)
     model, _ = build(make())

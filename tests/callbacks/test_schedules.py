@@ -231,7 +231,7 @@ SCHEDULED = {
             },
             assign={"bias": "output/bias"},
         ),
-        {"learning_rate": 1e-5},
+        {"learning_rate": None},
     ),
 }
 

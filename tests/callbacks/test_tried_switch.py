@@ -150,7 +150,7 @@ def test_a_tried_switch_leaves_no_trace(optimizer, trained_before):
         fit(model, epochs=1)
     grouped = isinstance(model.optimizer, GroupOptimizer)
     rates = {} if grouped else {"head_learning_rate": 1e-3}
-    stage = Stage("all", 1e-5, **rates)
+    stage = Stage("all", None if grouped else 1e-5, **rates)
     staged = StagedModel(model, [stage], exactly=False)
     staged.check_renewable(0)
 

@@ -185,7 +185,7 @@ def test_mode_auto_asks_the_metric():
 def test_takes_a_schedule_after_a_schedule():
     decay = keras.optimizers.schedules.ExponentialDecay
     model, _ = build(optimizer=keras.optimizers.Adam(decay(0.01, 1, 0.5)))
-    callback = unfreezer(decay(0.5, 2, 0.5, staircase=True))
+    callback = unfreezer(decay(0.5, 1, 0.5, staircase=True))
     history = scripted_fit(model, callback, [1, 1, 1, 1])
     assert history.history["learning_rate"][2:] == [0.25, 0.125]
 
