@@ -34,6 +34,7 @@ PREPARATION = """
 
 # What breaks first, in one process: to start one takes longer than all that it trains.
 ALL_IN_ONE = """
+    from keras_tl import FeatureCache, Stage
     from tests.conftest import Recorder, Scripted, values_of
 
     kernel = wrapper.backbone.weights[0]
@@ -53,16 +54,25 @@ ALL_IN_ONE = """
         raise AssertionError("not seen")
     replicas[1].assign(replicas[0])
 
+    data = tf.data.Dataset.from_tensor_slices((x, y)).batch(7)  # A last batch of two.
+    features = FeatureCache(model)(data, shuffle=False, verbose=0)
+    found = np.concatenate([batch.numpy() for batch, _ in features])
+    np.testing.assert_allclose(found, wrapper(x), rtol=1e-5, atol=1e-6)
+
     before = dict(as_bytes(wrapper.weights))
-    callback = UnfreezeAtConvergence(0.01, max_frozen_epochs=2)
-    scripted, recorder = Scripted("val_loss", [4.0, 3.0, 1.0, 2.0]), Recorder(values_of)
+    stages = [Stage(1, 0.01, epochs=1), Stage("all", 0.01, head_learning_rate=0.01)]
+    callback = UnfreezeAtConvergence(stages=stages, max_frozen_epochs=2)
+    scripted, recorder = Scripted("val_loss", [4.0, 3.0, 2.0, 1.0, 2.0]), Recorder(values_of)
     callbacks = [scripted, recorder, callback, FreezeGuard(check="batch")]
-    history = model.fit(x, y, callbacks=callbacks, **fit).history
-    assert history["stage"] == [0, 0, 1, 1], history
-    assert values_of(model) == recorder.records[2] != recorder.records[3]
+    history = model.fit(x, y, callbacks=callbacks, **fit | {"epochs": 5}).history
+    assert history["stage"] == [0, 0, 1, 2, 2], history
+    assert values_of(model) == recorder.records[3] != recorder.records[4]
     after = dict(as_bytes(wrapper.weights))
-    moved = {path.split("/")[-1] for path in before if before[path] != after[path]}
-    assert moved == {"kernel", "bias"}, moved
+    moved = [path.split("/")[-1] for path in before if before[path] != after[path]]
+    assert sorted(moved) == ["bias", "bias", "kernel", "kernel"], moved
+    groups = model.optimizer.groups.items()
+    steps = {name: int(keras.ops.convert_to_numpy(one.iterations)) for name, one in groups}
+    assert steps == {"head": 6, "backbone_2": 4}, steps
     assert model.optimizer._distribution_strategy.num_replicas_in_sync == 2
     print("done")
 """
@@ -193,7 +203,7 @@ def run(script):
     return result.stdout.splitlines()[-1]
 
 
-def test_switch_guard_and_best_weights_under_mirrored_strategy():
+def test_guard_features_stages_and_best_weights_under_mirrored_strategy():
     assert run(ALL_IN_ONE) == "done"
 
 
