@@ -10,8 +10,8 @@ import time
 
 import pytest
 
+from tests import killed_run
 from tests.conftest import only_on
-from tests.killed_run import EPOCHS
 
 pytestmark = only_on("tensorflow", "Files are written alike on every backend.")
 
@@ -42,9 +42,9 @@ def result_in(folder):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("undisturbed")
-    assert not killed(start(folder))
+    killed_run.main(folder)
     result = result_in(folder)
-    assert len(result["history"]["loss"]) == EPOCHS
+    assert len(result["history"]["loss"]) == killed_run.EPOCHS
     assert len(result["transitions"]) == 3
     return result
 

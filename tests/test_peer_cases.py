@@ -89,6 +89,7 @@ def switch(**arguments):
     return UnfreezeAtConvergence(**settings | arguments)
 
 
+@pytest.mark.eager
 @pytest.mark.parametrize("head", [None, 1e-2])
 @pytest.mark.skipif(keras.backend.backend() == "jax", reason="Keras on JAX refuses to train then.")
 def test_an_optimizer_built_on_all_weights(head):
@@ -128,6 +129,7 @@ class Parent(keras.layers.Layer):
         return self.own * self.child(x)
 
 
+@pytest.mark.eager
 def test_a_parents_own_weights_go_with_its_children():
     backbone = keras.Sequential([keras.Input((4,)), Parent()])
     model, wrapper = build(backbone)
@@ -191,6 +193,7 @@ def test_shared_weights_are_unfrozen_once():
     assert model.optimizer.group_of(shared.kernel) == "backbone_1"
 
 
+@pytest.mark.eager
 def test_two_of_ours_are_refused():
     model, _ = build()
     before = values_of(model)

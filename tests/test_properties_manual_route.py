@@ -12,6 +12,12 @@ from tests.conftest import Recorder, examples, regression_data, seeded_dropout, 
 EPOCHS = 6
 X, Y = regression_data(24, seed=1)
 VALIDATION = regression_data(16, seed=2)
+FIT = {
+    "validation_data": VALIDATION,
+    "validation_batch_size": 16,
+    "epochs": EPOCHS,
+    "verbose": 0,
+}
 
 
 def arrays():
@@ -40,7 +46,7 @@ def build(kinds, outer, seed, optimizer, run_eagerly, regularized):
 
 def by_hand(model, wrapper, data, stages, *, patience, min_delta, start_from_epoch):
     recorder = Recorder(values_of)
-    fit = {"validation_data": VALIDATION, "epochs": EPOCHS, "verbose": 0, **data}
+    fit = FIT | data
     history = []
     done = 0
     for number in range(len(stages) + 1):
@@ -75,7 +81,7 @@ def in_one_fit(model, data, stages, **settings):
     else:
         settings |= {"stages": [Stage(*stage) for stage in stages]}
     callback = UnfreezeAtConvergence(fine_tune_patience=None, verbose=0, **settings)
-    fit = {"validation_data": VALIDATION, "epochs": EPOCHS, "verbose": 0, **data}
+    fit = FIT | data
     history = model.fit(callbacks=[recorder, callback], **fit)
     return history.history, recorder.records, callback
 
@@ -110,7 +116,7 @@ def in_one_fit(model, data, stages, **settings):
     min_delta=0.05,
     start_from_epoch=0,
 )
-@settings(max_examples=examples(12))
+@settings(max_examples=examples(8))
 def test_one_fit_is_the_manual_route(
     kinds, outer, seed, optimizer, data, run_eagerly, regularized, stages, **callback
 ):

@@ -1,6 +1,7 @@
 """A run that is interrupted goes on as if it had not been."""
 
 import dataclasses
+import functools
 import os
 import warnings
 
@@ -33,7 +34,7 @@ from tests.conftest import (
 pytestmark = pytest.mark.covers("part: backup_dir")
 
 X, Y = regression_data(24)
-EPOCHS = 6
+EPOCHS, STEPS = 6, 2
 
 
 class Interruption(RuntimeError):
@@ -63,7 +64,7 @@ def build(optimizer=None, plain=False, **compile_arguments):
     # Not drawn from the layer's seed, as on torch, it could not be drawn again in a resumed run.
     head = [keras.layers.BatchNormalization(momentum=0.5), seeded_dropout(0.3)]
     model = models.functional_outer(backbone, head)
-    model.compile(optimizer or keras.optimizers.Adam(0.02), "mse", **compile_arguments)
+    model.compile(optimizer or keras.optimizers.SGD(0.05, momentum=0.9), "mse", **compile_arguments)
     return model, backbone
 
 
@@ -71,7 +72,8 @@ def fit(model, *callbacks, epochs=EPOCHS, **arguments):
     return model.fit(
         X,
         Y,
-        batch_size=8,
+        batch_size=len(X) // STEPS,
+        validation_batch_size=len(X),
         epochs=epochs,
         shuffle=False,
         validation_data=(X, Y),
@@ -114,7 +116,7 @@ OPTIMIZERS = [
     lambda: keras.optimizers.Adam(0.02),
     lambda: keras.optimizers.SGD(0.05, momentum=0.9),
     lambda: keras.optimizers.AdamW(0.02, use_ema=True, ema_momentum=0.5),
-    lambda: keras.optimizers.RMSprop(0.01, gradient_accumulation_steps=2),
+    lambda: keras.optimizers.RMSprop(0.01, gradient_accumulation_steps=STEPS + 1),
     lambda: keras.optimizers.SGD(keras.optimizers.schedules.ExponentialDecay(0.1, 3, 0.9)),
 ]
 
@@ -129,6 +131,12 @@ def undisturbed(optimizer, arguments, **compile_arguments):
     ours = callback(**arguments)
     history = fit(model, ours)
     return values_of(model), history, moves(ours)
+
+
+@functools.cache
+def undisturbed_by_default():
+    """The same without arguments, for the tests with the mark `eager`: made once."""
+    return undisturbed(None, {})
 
 
 def interrupted(folder, make, arguments, hooks, **compile_arguments):
@@ -173,7 +181,7 @@ def test_ends_as_if_it_had_not_been_interrupted(tmp_path_factory, arguments, mak
 @pytest.mark.eager
 def test_the_property_above_interrupts_in_each_stage(tmp_path):
     """Guards it: with such settings there is a switch, and an interruption before and after."""
-    _, history, _ = undisturbed(OPTIMIZERS[0](), SETTINGS[0])
+    _, history, _ = undisturbed_by_default()
     assert history["stage"][0] == 0
     assert history["stage"][-1] == 1
     seen = []
@@ -189,9 +197,9 @@ def test_the_property_above_interrupts_in_each_stage(tmp_path):
 @pytest.mark.parametrize(
     "compile_arguments",
     [
-        {"run_eagerly": True},
+        pytest.param({"run_eagerly": True}, marks=pytest.mark.slow),
         pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
-        pytest.param({"steps_per_execution": 3}, marks=[SEVERAL_STEPS, pytest.mark.slow]),
+        pytest.param({"steps_per_execution": STEPS}, marks=[SEVERAL_STEPS, pytest.mark.slow]),
         {"plain": True},
     ],
     ids=str,
@@ -213,13 +221,13 @@ def test_in_other_ways_of_training(tmp_path, compile_arguments):
     assert one(tmp_path) == expected
 
 
+@pytest.mark.eager
 def test_mixed_precision_resumes_its_loss_scale(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
     try:
         expected = undisturbed(None, SETTINGS[1])
-        result = interrupted(
-            tmp_path, lambda: None, SETTINGS[1], [("on_epoch_end", 2), ("on_epoch_end", 3)]
-        )
+        hooks = [("on_epoch_end", 4)]
+        result = interrupted(tmp_path, lambda: None, SETTINGS[1], hooks)
         assert result[0] == expected[0]
     finally:
         keras.config.set_dtype_policy("float32")
@@ -265,6 +273,7 @@ def test_the_epochs_of_a_stage_go_on_being_counted(tmp_path):
     assert history["stage"] == [0, 1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_a_later_fit_runs_all_its_epochs(tmp_path):
     model, _ = build()
@@ -272,7 +281,7 @@ def test_a_later_fit_runs_all_its_epochs(tmp_path):
         fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 4))
     model, _ = build()
     fit(model, callback(tmp_path))
-    assert len(fit(model, epochs=3)["loss"]) == 3
+    assert len(fit(model, epochs=2)["loss"]) == 2
 
 
 @pytest.mark.eager
@@ -284,7 +293,7 @@ def test_a_resumed_fit_that_fails_before_its_first_epoch_leaves_no_epoch_set(tmp
     with pytest.raises(Interruption):
         fit(model, callback(tmp_path), InterruptAt("on_train_begin", 1))
     assert len(fit(model, callback(tmp_path))["loss"]) == EPOCHS - 4
-    assert len(fit(model, epochs=3)["loss"]) == 3
+    assert len(fit(model, epochs=2)["loss"]) == 2
 
 
 @pytest.mark.eager
@@ -329,33 +338,43 @@ def test_rates_of_a_backup_that_is_not_used_are_not_watched(tmp_path, monkeypatc
     assert not [one for one in said if "UnfreezeAtConvergence had set" in one]
 
 
-def test_the_same_model_goes_on_after_an_interruption(tmp_path):
-    # In a notebook: the model lives on, in a later stage than its backup perhaps.
-    for at, hook in [(2, "on_epoch_end"), (12, "on_train_batch_end"), (5, "on_epoch_begin")]:
-        expected = undisturbed(None, {})
-        model, _ = build()
-        ours = callback(tmp_path / hook)
-        with pytest.raises(Interruption):
-            fit(model, ours, InterruptAt(hook, at))
-        fit(model, ours)
-        assert values_of(model) == expected[0]
-        assert moves(ours) == expected[2]
+@pytest.mark.parametrize(
+    ("hook", "at"),
+    [
+        pytest.param("on_epoch_end", 2, marks=pytest.mark.slow),
+        ("on_train_batch_end", 4 * STEPS),
+        pytest.param("on_epoch_begin", 5, marks=pytest.mark.slow),
+    ],
+)
+def test_the_same_model_goes_on_after_an_interruption(tmp_path, hook, at):
+    # In a notebook: the model lives on, in a later stage than its backup perhaps. Its step is
+    # compiled for that stage.
+    expected = undisturbed(None, {})
+    model, _ = build()
+    ours = callback(tmp_path)
+    with pytest.raises(Interruption):
+        fit(model, ours, InterruptAt(hook, at))
+    fit(model, ours)
+    assert values_of(model) == expected[0]
+    assert moves(ours) == expected[2]
 
 
 @pytest.mark.eager
 def test_a_model_that_went_further_than_its_backup_goes_back(tmp_path):
-    expected = undisturbed(None, {})
+    expected = undisturbed_by_default()
     model, _ = build()
     switch = len([stage for stage in expected[1]["stage"] if stage == 0])
     with pytest.raises(Interruption):
         # In the first epoch after the switch, before there is a backup of it.
-        fit(model, callback(tmp_path), InterruptAt("on_train_batch_end", 3 * switch + 1))
+        fit(model, callback(tmp_path), InterruptAt("on_train_batch_end", STEPS * switch + 1))
     fit(model, callback(tmp_path))
     assert values_of(model) == expected[0]
 
 
 @pytest.mark.eager
-@pytest.mark.parametrize("names", [("others", "rest"), ("others", "head")], ids=str)
+@pytest.mark.parametrize(
+    "names", [pytest.param(("others", "rest"), marks=pytest.mark.slow), ("others", "head")], ids=str
+)
 def test_a_model_that_went_further_keeps_the_groups_it_was_compiled_with(tmp_path, names):
     def make():
         groups = {name: keras.optimizers.SGD(0.02, momentum=0.9) for name in names}
@@ -369,7 +388,7 @@ def test_a_model_that_went_further_keeps_the_groups_it_was_compiled_with(tmp_pat
         fit(
             model,
             callback(tmp_path, **arguments),
-            InterruptAt("on_train_batch_end", 3 * switch + 1),
+            InterruptAt("on_train_batch_end", STEPS * switch + 1),
         )
     fit(model, callback(tmp_path, **arguments))
     assert list(model.optimizer.groups) == list(names)
@@ -393,66 +412,45 @@ def test_what_had_stopped_stays_stopped(tmp_path):
 def test_the_backup_is_deleted_at_the_end_or_kept(tmp_path):
     for keep in (False, True):
         model, _ = build()
-        fit(model, callback(tmp_path / "run", delete_checkpoint=not keep), epochs=3)
+        fit(model, callback(tmp_path / "run", delete_checkpoint=not keep), epochs=1)
         assert (tmp_path / "run").exists() == keep
     model, _ = build()
-    history = fit(model, callback(tmp_path / "run"), epochs=5)
-    assert len(history["loss"]) == 2
+    history = fit(model, callback(tmp_path / "run"), epochs=2)
+    assert len(history["loss"]) == 1
 
 
 # What cannot be used.
 
 
 @pytest.mark.eager
-def test_a_backup_of_another_model_is_refused(tmp_path):
-    model, _ = build()
-    with pytest.raises(Interruption):
-        fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 2))
-    wrapper = FrozenBackbone(models.functional(["dense"]))
-    other = models.functional_outer(wrapper)
-    other.compile("adam", "mse")
-    before = values_of(other)
-    with pytest.raises(
-        ValueError, match=r"it is of another run. Different: .*the model.layers \(was 5"
-    ):
-        fit(other, callback(tmp_path))
-    assert values_of(other) == before
-
-
-@pytest.mark.eager
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        ({"monitor": "loss"}, r"UnfreezeAtConvergence.monitor \(was 'val_loss', is 'loss'\)"),
-        ({"stages": [Stage(1, 1e-3), Stage("all", 1e-3)]}, r"Different: stages \(was .*, is "),
-    ],
-)
-def test_a_backup_of_another_run_is_refused(tmp_path, arguments, words):
-    model, _ = build()
-    with pytest.raises(Interruption):
-        fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 2))
-    model, _ = build()
-    with pytest.raises(ValueError, match=words):
-        fit(model, callback(tmp_path, **arguments))
-
-
-@pytest.mark.eager
-def test_a_backup_of_another_optimizer_changes_nothing(tmp_path):
+def test_a_backup_of_another_run_is_refused_and_changes_nothing(tmp_path):
     model, _ = build()
     with pytest.raises(Interruption):
         fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 5))
-    model, backbone = build(keras.optimizers.SGD(0.1))
-    before, optimizer = values_of(model), model.optimizer
-    with pytest.raises(ValueError, match=r"Different: compile.optimizer \(was 'Adam', is 'SGD'\)"):
-        fit(model, callback(tmp_path))
-    assert values_of(model) == before
-    assert model.optimizer is optimizer
-    assert backbone.trainable_weights == []
+
+    def check_refused(model, words, **arguments):
+        before, optimizer = values_of(model), model.optimizer
+        with pytest.raises(ValueError, match=words):
+            fit(model, callback(tmp_path, **arguments))
+        assert values_of(model) == before
+        assert model.optimizer is optimizer
+        assert models.frozen_backbone_of(model).trainable_weights == []
+
+    other = models.functional_outer(FrozenBackbone(models.functional(["dense"])))
+    other.compile("adam", "mse")
+    check_refused(other, r"it is of another run. Different: .*the model.layers \(was 5")
+    model, _ = build(keras.optimizers.Adam(0.02))
+    check_refused(model, r"Different: compile.optimizer \(was 'SGD', is 'Adam'\)")
+    model, _ = build()
+    words = r"UnfreezeAtConvergence.monitor \(was 'val_loss', is 'loss'\)"
+    check_refused(model, words, monitor="loss")
+    stages = [Stage(1, 1e-3), Stage("all", 1e-3)]
+    check_refused(model, r"Different: stages \(was .*, is ", stages=stages)
 
 
 @pytest.mark.eager
 def test_a_damaged_backup_is_warned_of_and_the_one_before_is_used(tmp_path):
-    expected = undisturbed(None, {})
+    expected = undisturbed_by_default()
     model, _ = build()
     with pytest.raises(Interruption):
         fit(model, callback(tmp_path), InterruptAt("on_epoch_end", 4))
@@ -467,7 +465,7 @@ def test_a_damaged_backup_is_warned_of_and_the_one_before_is_used(tmp_path):
 
 @pytest.mark.eager
 def test_a_full_disk_is_warned_of_once_and_training_goes_on(tmp_path, monkeypatch):
-    expected = undisturbed(None, {})
+    expected = undisturbed_by_default()
     write = backup_module._write_arrays
     written = []
 
@@ -526,6 +524,7 @@ def test_warm_up_that_ends_with_training_leaves_the_full_rate():
     assert float(model.optimizer.learning_rate) == np.float32(5e-3)
 
 
+@pytest.mark.eager
 def test_evaluates_alike_after_resuming(tmp_path):
     losses = Recorder(lambda model: model.evaluate(X, Y, verbose=0))
     model, _ = build()

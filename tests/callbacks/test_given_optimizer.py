@@ -82,7 +82,13 @@ def callback(**arguments):
 
 
 @pytest.mark.eager
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=pytest.mark.slow if name in ("schedule", "function") else ())
+        for name in OPTIMIZERS
+    ],
+)
 def test_each_run_is_like_the_first(name):
     optimizer = OPTIMIZERS[name]()
     ours = callback(optimizer=optimizer)
@@ -93,7 +99,10 @@ def test_each_run_is_like_the_first(name):
 
 
 @pytest.mark.eager
-@pytest.mark.parametrize("name", ["momentum", "schedule", "groups"])
+@pytest.mark.parametrize(
+    "name",
+    [*(pytest.param(one, marks=pytest.mark.slow) for one in ("momentum", "schedule")), "groups"],
+)
 def test_a_deep_copy_of_a_callback_runs_like_it(name):
     """As KerasTuner makes one for each trial."""
     make = OPTIMIZERS[name]

@@ -97,6 +97,7 @@ def test_a_warm_up_that_was_interrupted_is_over_in_the_next_fit():
     np.testing.assert_allclose(history["learning_rate"], [1e-3], rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_one_callback_for_several_models():
     callback = ours()
     expected = build()[0]

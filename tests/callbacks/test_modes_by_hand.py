@@ -104,24 +104,28 @@ NEEDS = {
 }
 
 
-# What is compiled is the point of these only: on TensorFlow the others need not be traced.
-COMPILED = {name for name, mode in MODES.items() if mode.compile} | {"plain", "mixed_float16"}
+# What is compiled is the point of these only: on TensorFlow the others are traced in the slow run.
+COMPILED = {"plain", "mixed_float16", "jit_compile=True", "steps_per_execution=4"}
 
 
 def each(modes, slow=()):
-    return [
-        pytest.param(
-            mode,
-            id=name,
-            marks=[
-                pytest.mark.covers(f"mode: {name}"),
-                *NEEDS.get(name, []),
-                *([] if name in COMPILED else [pytest.mark.eager]),
-                *([pytest.mark.slow] if name in slow else []),
-            ],
+    """The modes as the ordinary run has them; those that it does not trace are there twice."""
+
+    def param(name, suffix, *marks):
+        covers = pytest.mark.covers(f"mode: {name}")
+        return pytest.param(
+            modes[name], id=name + suffix, marks=[covers, *NEEDS.get(name, []), *marks]
         )
-        for name, mode in modes.items()
-    ]
+
+    params = []
+    for name in modes:
+        ordinary = [pytest.mark.slow] if name in slow else []
+        if name in COMPILED:
+            params.append(param(name, "", *ordinary))
+        else:
+            params.append(param(name, "", pytest.mark.eager, *ordinary))
+            params.append(param(name, ", compiled", pytest.mark.slow))
+    return params
 
 
 @contextlib.contextmanager
@@ -147,6 +151,7 @@ def fit(model, epochs, *callbacks, initial_epoch=0):
         X,
         Y,
         batch_size=6,
+        validation_batch_size=len(X),
         epochs=epochs,
         initial_epoch=initial_epoch,
         validation_data=(X, Y),
@@ -204,6 +209,7 @@ def test_over_a_switch(mode):
     assert sum(path.endswith("bias") for path in moved) == 2
 
 
+@pytest.mark.eager
 @pytest.mark.covers("mode: use_ema")
 def test_averages_are_what_remains_after_a_switch():
     with made(Mode(optimizer=averaged)) as (model, _):
@@ -213,6 +219,7 @@ def test_averages_are_what_remains_after_a_switch():
         assert all(np.array_equal(np.array(v), np.array(average)) for v, average in pairs)
 
 
+@pytest.mark.eager
 @pytest.mark.covers("mode: mixed_float16")
 def test_the_loss_scale_grows_on_over_the_switch():
     scales = Recorder(lambda model: float(on_host(model.optimizer.dynamic_scale)))
@@ -222,6 +229,7 @@ def test_the_loss_scale_grows_on_over_the_switch():
     assert scales.records[0] < scales.records[-1] > 16.0
 
 
+@pytest.mark.eager
 @pytest.mark.covers("mode: int8 layers")
 def test_an_int8_kernel_stays_int8_and_frozen_and_the_switch_says_so(capsys):
     with made(MODES["int8 layers"]) as (model, wrapper):
@@ -235,6 +243,7 @@ def test_an_int8_kernel_stays_int8_and_frozen_and_the_switch_says_so(capsys):
     assert "cannot train" in capsys.readouterr().out
 
 
+@pytest.mark.eager
 @pytest.mark.covers("mode: LoRA")
 def test_a_kernel_under_lora_stays_frozen_and_the_switch_says_so():
     with made(MODES["LoRA"]) as (model, wrapper):

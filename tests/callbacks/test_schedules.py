@@ -102,6 +102,7 @@ def test_schedules_given_for_a_stage_begin_at_its_switch(head, backbone, frozen,
     assert int(model.optimizer.groups["head"].iterations) == 5 * per_epoch
 
 
+@pytest.mark.eager
 @given(first=SCHEDULES, second=SCHEDULES, compiled=SCHEDULES)
 @settings(max_examples=examples(2))
 def test_each_stage_begins_its_own_schedule(first, second, compiled):
@@ -187,6 +188,7 @@ def test_in_compiled_steps(compile_arguments):
     np.testing.assert_allclose(history["learning_rate_head"], expected, rtol=1e-6)
 
 
+@pytest.mark.eager
 def test_in_mixed_precision_with_a_loss_scale():
     keras.config.set_dtype_policy("mixed_float16")
     try:
@@ -241,7 +243,15 @@ class Killed(RuntimeError):
 
 
 @pytest.mark.eager
-@pytest.mark.parametrize("name", SCHEDULED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("head", marks=pytest.mark.slow),
+        "compiled",
+        pytest.param("stages", marks=pytest.mark.slow),
+        "groups",
+    ],
+)
 def test_a_resumed_run_goes_on_at_the_same_step(tmp_path, name):
     make, arguments = SCHEDULED[name]
     arguments = {"max_frozen_epochs": 1, **arguments}

@@ -13,7 +13,6 @@ from tests.conftest import (
     Scripted,
     as_bytes,
     regression_data,
-    slow_on,
     values_of,
 )
 
@@ -55,7 +54,7 @@ def check(model, wrapper, *data, epochs=4, callback=None, **fit_arguments):
         {},
         {"run_eagerly": True},
         pytest.param({"steps_per_execution": 2}, marks=SEVERAL_STEPS),
-        pytest.param({"jit_compile": True}, marks=slow_on("torch")),
+        pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,
 )
@@ -305,7 +304,10 @@ DATASET = tf.data.Dataset.from_tensor_slices((X, Y))
 
 
 def kind_of_data(name, make, arguments=None):
-    return pytest.param(make, arguments or {}, id=name, marks=pytest.mark.covers(f"data: {name}"))
+    covers = pytest.mark.covers(f"data: {name}")
+    # One is compiled: from where a batch comes makes no other step.
+    marks = [covers] if name == "tf.data.Dataset" else [covers, pytest.mark.eager]
+    return pytest.param(make, arguments or {}, id=name, marks=marks)
 
 
 @pytest.mark.parametrize(
