@@ -1,6 +1,7 @@
 """Invariant 4: one `fit` is, bit for bit, what the steps done by hand give."""
 
 import keras
+import pytest
 import tensorflow as tf
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -130,6 +131,7 @@ def test_one_fit_is_the_manual_route(
     assert weights == weights_by_hand
 
 
+@pytest.mark.slow
 def test_the_property_above_compares_all_stages():
     """Guards it: with such settings there are switches, with epochs to train after them."""
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)

@@ -178,6 +178,7 @@ def test_ends_as_if_it_had_not_been_interrupted(tmp_path_factory, arguments, mak
     assert not folder.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_the_property_above_interrupts_in_each_stage(tmp_path):
     """Guards it: with such settings there is a switch, and an interruption before and after."""
@@ -200,7 +201,7 @@ def test_the_property_above_interrupts_in_each_stage(tmp_path):
         pytest.param({"run_eagerly": True}, marks=pytest.mark.slow),
         pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
         pytest.param({"steps_per_execution": STEPS}, marks=[SEVERAL_STEPS, pytest.mark.slow]),
-        {"plain": True},
+        pytest.param({"plain": True}, marks=pytest.mark.eager),
     ],
     ids=str,
 )
@@ -243,8 +244,7 @@ def test_groups_of_the_user_resume(tmp_path):
 
     arguments = {"learning_rate": None}
     expected = undisturbed(make(), arguments)
-    hooks = [("on_epoch_end", 2), ("on_epoch_end", 3)]
-    result = interrupted(tmp_path, make, arguments, hooks)
+    result = interrupted(tmp_path, make, arguments, [("on_epoch_end", 4)])
     assert result[0] == expected[0]
 
 

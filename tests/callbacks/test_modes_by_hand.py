@@ -25,7 +25,8 @@ from tests.conftest import (
     values_of,
 )
 
-X, Y = regression_data(24)
+X, Y = regression_data(16)
+BATCH = 4
 HEAD_RATE, RATE = 1e-2, 1e-3
 
 
@@ -150,7 +151,7 @@ def fit(model, epochs, *callbacks, initial_epoch=0):
     return model.fit(
         X,
         Y,
-        batch_size=6,
+        batch_size=BATCH,
         validation_batch_size=len(X),
         epochs=epochs,
         initial_epoch=initial_epoch,
@@ -174,7 +175,7 @@ def state_of(model):
 
 
 @pytest.mark.parametrize(
-    "mode", each({**MODES, "use_ema": Mode(optimizer=averaged)}, slow=set(MODES) - {"plain"})
+    "mode", each({**MODES, "use_ema": Mode(optimizer=averaged)}, slow=set(MODES))
 )
 def test_without_a_switch(mode):
     with made(mode) as (model, _):
@@ -193,15 +194,15 @@ def test_without_a_switch(mode):
 def test_over_a_switch(mode):
     by_hand, in_one = Recorder(state_of), Recorder(state_of)
     with made(mode) as (model, wrapper):
-        fit(model, 2, by_hand)
+        fit(model, 1, by_hand)
         frozen = as_bytes(wrapper.weights)
         wrapper.unfreeze()
         optimizer = mode.optimizer(RATE, model)
         model.compile(optimizer, "mse", metrics=["mae"], **mode.compile)
-        fit(model, 4, by_hand, initial_epoch=2)
+        fit(model, 3, by_hand, initial_epoch=1)
     with made(mode) as (model, wrapper):
         statistics = as_bytes(models.statistics(wrapper))
-        fit(model, 4, in_one, unfreezer(2))
+        fit(model, 3, in_one, unfreezer(1))
         assert as_bytes(models.statistics(wrapper)) == statistics
         tuned = as_bytes(wrapper.weights)
     assert in_one.records == by_hand.records

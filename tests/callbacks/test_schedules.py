@@ -52,7 +52,7 @@ SCHEDULES = st.one_of(
 def build(optimizer=None, **compile_arguments):
     keras.utils.set_random_seed(0)
     model = models.functional_outer(FrozenBackbone(models.functional(["dense", "dense"])))
-    model.compile(optimizer or keras.optimizers.Adam(0.01), "mse", **compile_arguments)
+    model.compile(optimizer or keras.optimizers.SGD(0.01, momentum=0.9), "mse", **compile_arguments)
     return model
 
 
