@@ -151,7 +151,9 @@ def run(schedule_name, layout, backup, fits, callbacks):
     """Trains as these say, with one `fit` or more. Returns what came out."""
     keras.distribution.set_distribution(distribution(layout))
     model = build()
-    ours = UnfreezeAtConvergence(**schedule(schedule_name), backup_dir=backup)
+    # To the last epoch, in which a process that dies has died and resumed.
+    settings = schedule(schedule_name) | {"fine_tune_patience": None}
+    ours = UnfreezeAtConvergence(**settings, backup_dir=backup)
     for _ in range(fits):
         fit = model.fit(
             batches(),
