@@ -15,7 +15,7 @@ import keras_tl
 from keras_tl import FrozenBackbone
 from keras_tl.internals import imported, layers, optimizers
 from keras_tl.internals.checked import UnsupportedKerasError, checked
-from keras_tl.internals.graphs import operation_of
+from keras_tl.internals.graphs import called_in_inference_mode, operation_of
 from keras_tl.internals.layers import set_layer_flag, sublayers
 from keras_tl.internals.models import compile_arguments, renew_functions, set_initial_epoch
 from keras_tl.stages import switching
@@ -163,3 +163,11 @@ def test_a_call_context_that_keras_keeps_elsewhere_is_missed(monkeypatch):
             layers.call_context_kept().__enter__()
     finally:
         layers._check_call_context.cache_clear()
+
+
+def test_a_layer_called_once_in_inference_mode_is_not_always_so():
+    always, once = keras.layers.BatchNormalization(), keras.layers.BatchNormalization()
+    inputs = keras.Input((4,))
+    held = always(once(inputs, training=False), training=False)
+    model = keras.Model(inputs, once(always(held, training=False)))
+    assert called_in_inference_mode(model) == [always]

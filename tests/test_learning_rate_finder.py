@@ -393,6 +393,9 @@ def test_plots_its_curve_and_suggestions():
         "minimum",
     ]
     assert valley().plot(ax) is figure
+    for mark in (line for line in ax.lines if len(line.get_xdata()) == 1):
+        after = np.searchsorted(valley().learning_rates, mark.get_xdata()[0])
+        assert mark.get_ydata()[0] in valley().smoothed_losses[after - 1 : after + 1]
 
 
 @pytest.mark.eager

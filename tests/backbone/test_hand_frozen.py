@@ -293,3 +293,19 @@ def test_two_backbones_of_which_one_has_the_layer_frozen_by_hand():
     assert [w.path for w in second.trainable_weights] == ["second/d/kernel", "second/d/bias"]
     with pytest.raises(ValueError, match='`layers=3`: .*"first" has 2 layers'):
         backbones.unfreeze(3, train_batchnorm=False)
+
+
+def test_a_number_of_layers_is_meant_for_each_of_two_backbones():
+    inputs = keras.Input((4,))
+    one, two = (
+        FrozenBackbone(keras.Sequential([keras.Input((4,)), *layers], name=name))(inputs)
+        for name, layers in [
+            ("small", [LAYERS.Dense(4)]),
+            ("large", [LAYERS.Dense(4), LAYERS.Dense(4)]),
+        ]
+    )
+    model = keras.Model(inputs, LAYERS.add([one, two]))
+    backbones = Backbones(model, None)
+    with pytest.raises(ValueError, match='`layers=2`: .*"small" has 1 layer'):
+        backbones.unfreeze(2, train_batchnorm=False)
+    assert not model.trainable_weights

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from keras_tl.backup import sketches
 from keras_tl.backup.sketches import alike, sketch
 
 arrays = hnp.arrays(
@@ -29,6 +30,16 @@ def test_other_rows(dtype):
     other[7, 2] = 1 - other[7, 2]
     assert not alike(sketch(array), sketch(other))
     assert not alike(sketch(array[:-1]), sketch(array))
+
+
+def test_other_rows_of_an_array_that_is_read_in_parts(monkeypatch):
+    monkeypatch.setattr(sketches, "_ELEMENTS_AT_ONCE", 12)
+    array = np.random.default_rng(0).normal(size=(11, 6)).astype("float32")
+    for row in (0, 5, 10):
+        other = array.copy()
+        other[row] += 1
+        assert not alike(sketch(array), sketch(other))
+    assert alike(sketch(array), sketch(array[::-1]))
 
 
 def test_texts_by_their_names():

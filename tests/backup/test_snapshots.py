@@ -288,7 +288,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     hexadecimal = "0" * 32
-    for host, pid in [(temporary_folders._host(), gone.pid), ("elsewhere", 1)]:
+    for host, pid in [(temporary_folders._host(), gone.pid), ("elsewhere", gone.pid)]:
         left = tmp_path / f".writing-{host}-{pid}-{hexadecimal}"
         left.mkdir()
         (left / "state.json").write_text("half")

@@ -180,6 +180,10 @@ def test_inputs_and_outputs_by_name_and_one_that_bypasses_the_backbone():
     )
     assert cache.head.evaluate(dataset, return_dict=True, verbose=0) == expected
 
+    narrowed = cache(x, shuffle=False, batch_size=20, dtype="float16", verbose=0)
+    (features,) = narrowed
+    np.testing.assert_array_equal(features["extra"], x["extra"])  # Only features are narrowed.
+
 
 def test_features_of_several_layers():
     base = keras.Sequential(

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from keras_tl import FeatureCache, StaleCacheError
 from keras_tl.features import extraction, feature_cache, record_reader, whole_files
 from keras_tl.features.disk_store import _header_of
+from keras_tl.features.manifest import Manifest
 from keras_tl.features.sealed import sealed
 from tests.conftest import examples, regression_data
 from tests.features.conftest import contents
@@ -173,6 +174,24 @@ def test_a_bomb_is_a_damaged_file(name, spoil, model, recorded, capsys):
     spoil(path)
     assert contents(record(model, folder.parent)) == features
     assert (f"{path.name} is damaged" in capsys.readouterr().out) == (name != NOTE)
+
+
+def test_a_record_that_changed_is_seen_without_the_note(model, recorded, capsys):
+    folder, features = recorded
+    path = shards_in(folder)[1]
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    (folder / NOTE).unlink()
+    assert contents(record(model, folder.parent)) == features
+    assert f"{path.name} is damaged (its checksum is wrong" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("batches", [0, 1025, True, 2.0])
+def test_a_manifest_does_not_decide_how_large_shards_get(batches, recorded):
+    written = Manifest.of(recorded[0]).to_dict()
+    with pytest.raises(ValueError, match=f"its shards have {batches} batches"):
+        Manifest.from_dict(written | {"batches_per_shard": batches})
 
 
 def test_a_header_that_claims_more_than_there_is_takes_no_memory(recorded):

@@ -52,6 +52,17 @@ def test_such_a_step_is_stale_once_flags_have_changed():
     assert [path.split("/")[-2] for path in caught.value.still_training] == ["head", "head"]
 
 
+@OWN_STEP
+def test_such_a_step_that_has_not_met_what_was_unfrozen_is_stale():
+    model = TrainsTheHead([keras.Input((4,)), *layers()])
+    model.layers[0].trainable = False
+    model.compile("sgd", "mse")
+    model.optimizer.build(model.trainable_variables)
+    model.layers[0].trainable = True
+    mismatch = stale_compile(model)
+    assert [weight.path.split("/")[-2] for weight in mismatch.not_training] == ["body", "body"]
+
+
 def test_an_optimizer_of_the_backends_variables_is_understood():
     model = keras.Sequential([keras.Input((4,)), *layers()])
     model.compile("sgd", "mse")

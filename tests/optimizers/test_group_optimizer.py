@@ -231,6 +231,13 @@ def test_ways_to_assign(assignment):
     assert names == ["backbone"] * 4 + ["head"] * 4
 
 
+def test_a_pattern_matches_whole_paths():
+    model, _ = build()
+    optimizer = grouped("output")
+    optimizer.build(model.trainable_variables)
+    assert {optimizer.group_of(variable) for variable in model.trainable_variables} == {"head"}
+
+
 def test_a_variable_in_no_group_is_named():
     model, wrapper = build()
     optimizer = GroupOptimizer({"backbone": keras.optimizers.SGD()}, assign={"backbone": wrapper})
