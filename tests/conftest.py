@@ -21,6 +21,8 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from keras.src.trainers.data_adapters.array_data_adapter import ArrayDataAdapter
+from keras.src.trainers.data_adapters.array_slicing import convert_to_sliceable
 
 from keras_tl.features import extraction, probe, splitting
 from keras_tl.internals.batches import predictions
@@ -91,6 +93,31 @@ def _old_objects_are_not_searched():
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def _short_input_pipelines(request, monkeypatch):
+    """Gives arrays to TensorFlow in one step where Keras takes nine, in the ordinary run.
+
+    To make and close Keras' pipeline costs more than an epoch of a small model, and it is made anew
+    for each pass. The batches are the same; which rows are shuffled where is another draw.
+    """
+    if _share == 1.0 or keras.backend.backend() != "tensorflow":
+        return
+    whole = ArrayDataAdapter.get_tf_dataset
+
+    def short(adapter):
+        arrays = adapter._inputs
+        plain = all(isinstance(one, np.ndarray) for one in keras.tree.flatten(arrays))
+        if not plain or adapter._shuffle == "batch" or tf.distribute.has_strategy():
+            return whole(adapter)
+        arrays = keras.tree.lists_to_tuples(convert_to_sliceable(arrays, "tensorflow"))
+        samples = tf.data.Dataset.from_tensor_slices(arrays)
+        if adapter._shuffle:
+            samples = samples.shuffle(adapter._num_samples)
+        return samples.batch(adapter._batch_size)
+
+    monkeypatch.setattr(ArrayDataAdapter, "get_tf_dataset", short)
 
 
 @pytest.fixture(autouse=True)

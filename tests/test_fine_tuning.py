@@ -637,7 +637,7 @@ class Numbered(keras.utils.PyDataset):
         (lambda: (repeated(),), 2, False),
         (lambda: (repeated(),), 3, True),
         pytest.param(lambda: (repeated(),), 4, False, marks=pytest.mark.slow),
-        pytest.param(lambda: (X, Y), 2, False, marks=pytest.mark.slow),
+        (lambda: (X, Y), 2, False),
         pytest.param(lambda: (X, Y), 3, True, marks=pytest.mark.slow),
         pytest.param(lambda: (generator(),), 2, False, marks=pytest.mark.slow),
         pytest.param(lambda: (Numbered(),), 2, False, marks=pytest.mark.slow),

@@ -16,7 +16,7 @@ from keras_tl import FeatureCache, StaleCacheError
 from keras_tl.features import extraction, feature_cache, record_reader, whole_files
 from keras_tl.features.disk_store import _header_of
 from keras_tl.features.manifest import Manifest
-from keras_tl.features.sealed import sealed
+from keras_tl.features.sealed import sealed, unsealed
 from tests.conftest import examples, regression_data
 from tests.features.conftest import contents
 
@@ -192,6 +192,16 @@ def test_a_manifest_does_not_decide_how_large_shards_get(batches, recorded):
     written = Manifest.of(recorded[0]).to_dict()
     with pytest.raises(ValueError, match=f"its shards have {batches} batches"):
         Manifest.from_dict(written | {"batches_per_shard": batches})
+
+
+@pytest.mark.parametrize("name", ["manifest.json", NOTE])
+def test_a_small_file_that_changed_is_not_whole(name, recorded):
+    path = recorded[0] / name
+    written = json.loads(path.read_text())
+    written["content"]["more"] = 1
+    path.write_text(json.dumps(written))
+    with pytest.raises(ValueError, match="its checksum is wrong"):
+        unsealed(path)
 
 
 def test_a_header_that_claims_more_than_there_is_takes_no_memory(recorded):
