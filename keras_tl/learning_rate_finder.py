@@ -13,6 +13,7 @@ import numpy as np
 from keras_tl.arguments import check_can_be_set, check_count, check_number
 from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import Selection, is_built
+from keras_tl.messages import html_table
 from keras_tl.optimizers.groups import group_optimizer
 from keras_tl.stages import switching
 
@@ -118,7 +119,7 @@ def find_learning_rate(
     return LearningRateRange(tuple(test.learning_rates), tuple(test.losses), tuple(test.smoothed))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class LearningRateRange:
     """The loss at each of some rising learning rates.
 
@@ -139,6 +140,17 @@ class LearningRateRange:
     learning_rates: tuple[float, ...]
     losses: tuple[float, ...]
     smoothed_losses: tuple[float, ...]
+
+    def __repr__(self) -> str:
+        first, *_, last = self.learning_rates
+        return (
+            f"<LearningRateRange of {len(self.losses)} steps, from {first:.2g} to {last:.2g}: "
+            f"suggestion={_shown(self.suggestion)}>"
+        )
+
+    def _repr_html_(self) -> str:
+        rows = [(name, _shown(rate)) for name, rate in self.suggestions.items()]
+        return html_table(("suggestion", "learning rate"), rows, right=(1,))
 
     @property
     def suggestion(self) -> float | None:
@@ -271,6 +283,10 @@ class _Untouched(keras.utils.PyDataset):
 
     def __getitem__(self, index: int) -> Any:
         return self._dataset[index]
+
+
+def _shown(rate: float | None) -> str:
+    return "None" if rate is None else f"{rate:.2g}"
 
 
 def _untouched(x: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 from collections.abc import Iterable, Sequence
 
@@ -59,3 +60,34 @@ def format_table(
         ).rstrip()
         for row in table
     ]
+
+
+def html_table(
+    header: Sequence[str], rows: Iterable[Sequence[str]], right: Sequence[int] = ()
+) -> str:
+    """Returns the same table for a notebook.
+
+    Args:
+        header: The columns' titles.
+        rows: The rows, each with a string for every column.
+        right: The positions of the columns that are aligned to the right.
+
+    Returns:
+        A string of HTML.
+
+    Example:
+
+    >>> html_table(["a"], [["<b>"]], right=[0])
+    '<table><tr><th>a</th></tr><tr><td style="text-align: right">&lt;b&gt;</td></tr></table>'
+    """
+
+    def cells(row: Sequence[str]) -> str:
+        return "".join(
+            f'<td style="text-align: {"right" if column in right else "left"}">'
+            f"{html.escape(cell)}</td>"
+            for column, cell in enumerate(row)
+        )
+
+    titles = "".join(f"<th>{html.escape(title)}</th>" for title in header)
+    lines = "".join(f"<tr>{cells(row)}</tr>" for row in rows)
+    return f"<table><tr>{titles}</tr>{lines}</table>"

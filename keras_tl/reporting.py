@@ -13,7 +13,10 @@ from keras_tl.guard.fingerprints import itemsize
 from keras_tl.internals.layers import sublayers
 from keras_tl.internals.optimizers import optimizer_weights
 from keras_tl.layers import FrozenBackbone
-from keras_tl.messages import format_table
+from keras_tl.messages import format_table, html_table
+
+_HEADER = ("layer", "trainable", "frozen", "dtype", "bytes", "inference mode", "compiled")
+_NUMBERS = (1, 2, 4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,9 +44,11 @@ class LayerReport:
     compiled: bool | None
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class TrainableReport:
-    """What of a model trains. `str` of it is a table; see `trainable_report`.
+    """What of a model trains. It prints, and shows in a notebook, as a table.
+
+    See `trainable_report`.
 
     Attributes:
         layers: Tuple of `LayerReport`.
@@ -60,11 +65,16 @@ class TrainableReport:
     layers: tuple[LayerReport, ...]
     total: LayerReport
 
-    def __str__(self) -> str:
-        header = ("layer", "trainable", "frozen", "dtype", "bytes", "inference mode", "compiled")
+    def __repr__(self) -> str:
+        return "\n".join(format_table(_HEADER, self._rows(), right=_NUMBERS))
+
+    def _repr_html_(self) -> str:
+        return html_table(_HEADER, self._rows(), right=_NUMBERS)
+
+    def _rows(self) -> list[tuple[str, ...]]:
         agrees = {True: "agrees", False: "STALE", None: "not yet"}
         modes = {"all": "all", "batchnorm": "BatchNormalization", "none": "no"}
-        rows = [
+        return [
             (
                 row.name,
                 f"{row.trainable:,}",
@@ -76,7 +86,6 @@ class TrainableReport:
             )
             for row in (*self.layers, self.total)
         ]
-        return "\n".join(format_table(header, rows, right=(1, 2, 4)))
 
 
 def trainable_report(model: keras.Model, *, expand_nested: bool = False) -> TrainableReport:

@@ -131,6 +131,9 @@ class FreezeGuard(keras.callbacks.Callback):
         self._in_loop = False
         self._restart()
 
+    def __repr__(self) -> str:
+        return f"<FreezeGuard action={self.action!r} restored={sum(self.restored.values())}>"
+
     # A copy, or what is loaded from a pickle, has the arguments and results. It is for another run,
     # and often another model: with neither can it share values, or functions that are compiled.
 

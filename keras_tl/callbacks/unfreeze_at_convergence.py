@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
+import html
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ import keras
 from keras_tl.arguments import check_can_be_set, check_count, check_min_delta, check_monitor
 from keras_tl.backbone.model_backbones import BackboneOf, names_of_layers
 from keras_tl.backbone.selecting import Selection
+from keras_tl.messages import html_table
 from keras_tl.optimizers.learning_rates import LearningRate
 from keras_tl.stages import switching
 from keras_tl.stages.run import Run
@@ -277,6 +279,19 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     def logged_epochs(self) -> dict[str, list[int]]:
         """The epochs of the last `fit` by the names that were logged in them."""
         return {} if self._run is None else self._run.logged_epochs
+
+    def __repr__(self) -> str:
+        return (
+            f"<UnfreezeAtConvergence monitor={self.monitor!r} stage={self.stage} of "
+            f"{len(self.stages)}>"
+        )
+
+    def _repr_html_(self) -> str:
+        title = f"<p>{html.escape(repr(self))}</p>"
+        if not self.transitions:
+            return title
+        rows = [one.in_short() for one in self.transitions]
+        return title + html_table(tuple(rows[0]), [tuple(row.values()) for row in rows])
 
     # Copies, as KerasTuner and scikit-learn make them: with these settings, and of no run.
 

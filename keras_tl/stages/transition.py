@@ -89,6 +89,17 @@ class Transition:
                 raise ValueError(f"its 'transitions' have the {field.name} {shown(value)}.")
         return found
 
+    def in_short(self) -> dict[str, str]:
+        """Returns what fits into a row of a table, by the titles of its columns."""
+        return {
+            "epoch": f"{self.epoch + 1}",
+            "stage": f"{self.stage}",
+            "reason": self.reason,
+            "best value before": "" if self.value is None else f"{self.value:.4g}",
+            "learning rate": f"{self.learning_rate_before:.4g} -> {self.learning_rate_after:.4g}",
+            "parameters": _parameters(self.trainable_before, self.trainable_after),
+        }
+
     def describe(self, what: str, why: str, then: str) -> str:
         """Returns a block of lines for the user.
 
