@@ -103,7 +103,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             random seeds of the model are restored bit for bit; data that is shuffled at random
             starts over. `BackupAndRestore` is not needed. Of several processes that train together,
             all must see the folder; the first writes. A relative path is taken from the folder that
-            is current when the callback is made. Defaults to `None`: no backup.
+            is current when the callback is made. `{trial}` in it becomes the trial of a KerasTuner
+            search, so that each has a folder of its own. Defaults to `None`: no backup.
 
             A backup knows its run. To resume another run from it is an error that says what
             differs. Compared are the model's configuration; optimizer, loss and metrics;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import keras
 
@@ -13,6 +13,8 @@ from keras_tl.backup.run_identity import identity_of
 from keras_tl.internals.models import set_initial_epoch
 from keras_tl.stages.staged_model import StagedModel
 from keras_tl.stages.training_state import TrainingState
+
+_TRIAL = "{trial}"
 
 
 class KeptRun:
@@ -95,3 +97,25 @@ class KeptRun:
 
     def _has_more_done(self) -> bool:
         return self._epochs is not None and self.epochs_done > self._epochs
+
+
+def folder_of_trial(folder: str, callbacks: Iterable[keras.callbacks.Callback]) -> str:
+    """Returns the folder of a run, with the trial of KerasTuner's search in place of `{trial}`.
+
+    Args:
+        folder: String. The `backup_dir`.
+        callbacks: The callbacks of the `fit`. KerasTuner adds one that knows the trial.
+
+    Raises:
+        ValueError: If there is no trial to put in its place.
+    """
+    if _TRIAL not in folder:
+        return folder
+    trials = [one.trial.trial_id for one in callbacks if hasattr(one, "trial")]
+    if not trials:
+        raise ValueError(
+            f"`{_TRIAL}` in `backup_dir` is the trial of a KerasTuner search, but none calls this "
+            f"`fit`. Received: backup_dir={folder!r}. Pass a folder without it, or the callbacks "
+            "that `HyperModel.fit` gets to `model.fit`."
+        )
+    return folder.replace(_TRIAL, trials[0])

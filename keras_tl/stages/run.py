@@ -14,7 +14,7 @@ from keras_tl.messages import say
 from keras_tl.optimizers.groups import learning_rate_of
 from keras_tl.stages import early_stops, observers, tensorboard
 from keras_tl.stages.deciding import Decisions
-from keras_tl.stages.kept_run import KeptRun
+from keras_tl.stages.kept_run import KeptRun, folder_of_trial
 from keras_tl.stages.monitored_value import MonitoredValue
 from keras_tl.stages.neighbours import check_neighbours
 from keras_tl.stages.optimizer_use import OptimizerUse
@@ -123,7 +123,7 @@ class Run:
         self._optimizer_use = OptimizerUse(self._model)
         if self._callback.backup_dir is not None:
             self._kept = KeptRun(
-                self._callback.backup_dir,
+                folder_of_trial(self._callback.backup_dir, self._beside),
                 self._callback,
                 self._staged,
                 self.state,
