@@ -72,6 +72,8 @@ def unwrap(model: keras.Model, *, flatten: bool = False) -> keras.Model:
         )
     copies = _Copies(flatten)
     plain = copies.of(model)
+    if graph_outputs(plain) is not None:
+        plain(graph_inputs(plain))  # Keras exports some formats only of models that were called.
     if model.compiled:
         _compile_alike(plain, model, copies.variables)
     return plain
