@@ -53,6 +53,17 @@ def read(path):
     return run
 
 
+def joined(runs):
+    """Makes one of the runs with one title, which ran other tests in the same versions."""
+    by_title = {}
+    for run in runs:
+        one = by_title.setdefault(run.title, Run(run.title))
+        for row, outcomes in run.outcomes.items():
+            one.outcomes[row] += outcomes
+        one.reasons.update(run.reasons)
+    return list(by_title.values())
+
+
 def _outcome(case):
     if case.find("failure") is not None or case.find("error") is not None:
         return "failed"
@@ -88,7 +99,7 @@ def main():
     parser.add_argument("--write", action="store_true")
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    made = table([read(path) for path in arguments.files])
+    made = table(joined(read(path) for path in arguments.files))
     print(made)
     readme = README.read_text()
     before, written = readme.split(BEGIN)

@@ -35,6 +35,7 @@ class DiesOnce(keras.callbacks.Callback):
             raise RuntimeError("out of memory")
 
 
+@pytest.mark.covers("beside: KerasTuner")
 def test_each_trial_of_a_search_has_a_backup_of_its_own(tmp_path, capsys):
     tuner_of = pytest.importorskip("keras_tuner")
     DiesOnce.died = False
@@ -63,6 +64,7 @@ def test_a_trial_is_needed_for_a_folder_by_trial(tmp_path):
         build().fit(X, Y, validation_data=(X, Y), callbacks=[switch], verbose=0)
 
 
+@pytest.mark.covers("beside: scikit-learn, by keras.wrappers")
 def test_cross_validation_with_the_wrapper_of_keras():
     sklearn = pytest.importorskip("sklearn.model_selection")
     switch = UnfreezeAtConvergence(max_frozen_epochs=1, backbone="base", verbose=0)
@@ -77,6 +79,7 @@ def test_cross_validation_with_the_wrapper_of_keras():
     assert len(switch.transitions) == 1  # Of the last fold.
 
 
+@pytest.mark.covers("beside: scikit-learn, by scikeras")
 def test_scikeras_fits_copies():
     wrappers = pytest.importorskip("scikeras.wrappers")
     base = pytest.importorskip("sklearn.base")

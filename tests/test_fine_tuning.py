@@ -207,6 +207,7 @@ def test_features_in_cache_dir_are_used_again(tmp_path, batches_extracted):
         fine_tune(small(), X + 1, Y, **run)
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_half_precision_features_train_nearly_as_well(tmp_path):
     run = {"epochs": 2, "max_frozen_epochs": 1, **SETTINGS}
@@ -521,6 +522,7 @@ def build_with_teacher():
     return model, Averages(teacher, student)
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_a_guard_among_the_callbacks_takes_the_place_of_the_one_that_is_added(capsys):
     def run(train):

@@ -58,6 +58,7 @@ def check(folder, undisturbed):
     assert os.listdir(folder) == ["result.json"]
 
 
+@pytest.mark.slow
 def test_killed_where_a_snapshot_becomes_current_and_in_a_switch(tmp_path, undisturbed):
     for place in ("rename:4", "switch:2"):
         assert killed(start(tmp_path, place)), place

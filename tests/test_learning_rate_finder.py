@@ -124,6 +124,7 @@ def test_a_fit_after_it_is_as_without_it_where_steps_are_compiled(
     check_fit_after_it(backbone, optimizer, outer, layers)
 
 
+@pytest.mark.slow
 def test_a_compiled_step_after_it_is_as_without_it():
     check_fit_after_it(
         lambda: models.functional(["dense", "batchnorm"]),
@@ -174,9 +175,9 @@ def test_leaves_arrays_and_the_order_of_a_pydataset_as_found(fitted):
 
 @pytest.mark.eager
 def test_tries_rising_rates_each_on_a_batch(fitted):
-    found = find(fitted[0], min_learning_rate=1e-6, max_learning_rate=1e-1, steps=20)
-    assert len(found.learning_rates) == len(found.losses) == len(found.smoothed_losses) == 20
-    np.testing.assert_allclose(found.learning_rates, np.geomspace(1e-6, 1e-1, 20))
+    found = find(fitted[0], min_learning_rate=1e-6, max_learning_rate=1e-1, steps=10)
+    assert len(found.learning_rates) == len(found.losses) == len(found.smoothed_losses) == 10
+    np.testing.assert_allclose(found.learning_rates, np.geomspace(1e-6, 1e-1, 10))
 
 
 @pytest.mark.eager

@@ -158,6 +158,7 @@ def test_rates_by_layer_are_warned_of():
         unwrap(model)
 
 
+@pytest.mark.slow
 def test_a_file_that_loads_without_keras_tl(tmp_path):
     model = models.functional_outer(FrozenBackbone(models.functional(["dense", "batchnorm"])))
     schedule = keras.optimizers.schedules.PolynomialDecay(0.1, 10)

@@ -73,7 +73,7 @@ def test_arrays_come_back_bit_for_bit(tmp_path_factory, data):
         max_size=4,
     )
 )
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(20))
 def test_state_comes_back(tmp_path_factory, state):
     backup = Backup(tmp_path_factory.mktemp("backup"))
     backup.save(3, state, ARRAYS)

@@ -222,6 +222,7 @@ def test_in_other_ways_of_training(tmp_path, compile_arguments):
     assert one(tmp_path) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_mixed_precision_resumes_its_loss_scale(tmp_path):
     keras.config.set_dtype_policy("mixed_float16")
@@ -296,6 +297,7 @@ def test_a_resumed_fit_that_fails_before_its_first_epoch_leaves_no_epoch_set(tmp
     assert len(fit(model, epochs=2)["loss"]) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_what_a_resumed_run_had_unfrozen_is_not_unfrozen_early(tmp_path):
     settings = {"stages": [Stage("dense.*", 1e-3, epochs=2), Stage("all", 1e-4)], "patience": 9}
@@ -308,6 +310,7 @@ def test_what_a_resumed_run_had_unfrozen_is_not_unfrozen_early(tmp_path):
     assert [one.unfrozen_early for one in ours.transitions] == [(), ()]
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_rates_of_a_backup_that_is_not_used_are_not_watched(tmp_path, monkeypatch):
     settings = {"patience": 9, "max_frozen_epochs": 2}
@@ -371,6 +374,7 @@ def test_a_model_that_went_further_than_its_backup_goes_back(tmp_path):
     assert values_of(model) == expected[0]
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 @pytest.mark.parametrize(
     "names", [pytest.param(("others", "rest"), marks=pytest.mark.slow), ("others", "head")], ids=str
@@ -497,6 +501,7 @@ def test_a_folder_that_cannot_be_written_to_is_refused_before_the_first_step(tmp
     assert values_of(model) == before
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_a_model_that_is_not_built_when_callbacks_begin_cannot_resume(tmp_path):
     def subclassed():
@@ -524,6 +529,7 @@ def test_warm_up_that_ends_with_training_leaves_the_full_rate():
     assert float(model.optimizer.learning_rate) == np.float32(5e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_evaluates_alike_after_resuming(tmp_path):
     losses = Recorder(lambda model: model.evaluate(X, Y, verbose=0))

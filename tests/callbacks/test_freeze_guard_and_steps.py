@@ -410,6 +410,7 @@ def test_several_steps_in_one_execution():
     assert str(error.changes[0].detected) == "epoch 2, batch 4"
 
 
+@pytest.mark.slow
 def test_mixed_precision():
     keras.config.set_dtype_policy("mixed_float16")
     try:

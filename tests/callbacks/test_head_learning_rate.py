@@ -166,6 +166,7 @@ def test_another_optimizer_for_the_backbone():
     assert callback.stage == 1
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_mixed_precision_keeps_the_loss_scale():
     keras.config.set_dtype_policy("mixed_float16")

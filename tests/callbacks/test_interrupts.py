@@ -117,6 +117,7 @@ def test_one_callback_for_several_models():
         assert len(callback.transitions) == 1
 
 
+@pytest.mark.slow
 def test_fits_in_threads():
     models_and_errors = []
 
@@ -183,6 +184,7 @@ SCRIPT = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_a_file_needs_nothing_but_keras_tl(tmp_path):
     model, _ = build()

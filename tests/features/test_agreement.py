@@ -74,6 +74,7 @@ def test_the_check_changes_nothing_in_the_model():
     assert (model.test_function, model.predict_function, model.run_eagerly) == functions
 
 
+@pytest.mark.slow
 def test_half_precision_that_a_compiler_rounds_another_way_is_no_difference(tmp_path):
     keras.utils.set_random_seed(1)
     keras.config.set_dtype_policy("mixed_bfloat16")

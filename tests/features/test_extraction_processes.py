@@ -43,6 +43,7 @@ def undisturbed(tmp_path_factory):
     return digest(start(tmp_path_factory.mktemp("undisturbed")))
 
 
+@pytest.mark.slow
 def test_killed_while_it_writes_and_renames(tmp_path, undisturbed):
     # The first file is the manifest; a note that the part is finished is the last.
     for place in [("fsync", 1), ("replace", 1), ("fsync", 4), ("replace", 3), ("replace", 6)]:

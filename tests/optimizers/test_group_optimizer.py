@@ -337,6 +337,7 @@ def averaging(momenta):
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.eager
 def test_swapping_averages():
     model = averaging((0.5, 0.5))

@@ -30,6 +30,7 @@ def in_float32(rate, scale):
     return float(np.float32(rate) * np.float32(scale))
 
 
+@pytest.mark.slow
 @given(
     kind=st.sampled_from(OPTIMIZERS),
     extra=st.sampled_from([{}, *[one for one in SETTINGS if "global_clipnorm" not in one]]),
