@@ -90,7 +90,11 @@ class Transition:
         return found
 
     def in_short(self) -> dict[str, str]:
-        """Returns what fits into a row of a table, by the titles of its columns."""
+        """Returns what fits into a row of a table.
+
+        Returns:
+            A dictionary from the titles of its columns to strings.
+        """
         return {
             "epoch": f"{self.epoch + 1}",
             "stage": f"{self.stage}",
