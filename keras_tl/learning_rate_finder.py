@@ -142,11 +142,8 @@ class LearningRateRange:
     smoothed_losses: tuple[float, ...]
 
     def __repr__(self) -> str:
-        first, *_, last = self.learning_rates
-        return (
-            f"<LearningRateRange of {len(self.losses)} steps, from {first:.2g} to {last:.2g}: "
-            f"suggestion={_shown(self.suggestion)}>"
-        )
+        shown = ", ".join(f"{name} {_shown(rate)}" for name, rate in self.suggestions.items())
+        return f"{len(self.losses)} learning rates tried; suggestions: {shown}."
 
     def _repr_html_(self) -> str:
         rows = [(name, _shown(rate)) for name, rate in self.suggestions.items()]
@@ -199,13 +196,6 @@ class LearningRateRange:
         from keras_tl.visualization import plot_learning_rate_range
 
         return plot_learning_rate_range(self, ax)
-
-    def __str__(self) -> str:
-        shown = ", ".join(
-            f"{name} {'none' if rate is None else f'{rate:.2g}'}"
-            for name, rate in self.suggestions.items()
-        )
-        return f"{len(self.losses)} learning rates tried; suggestions: {shown}."
 
 
 # At the lowest rates nothing trains: the spread of these first losses is the noise of batches.
@@ -286,7 +276,7 @@ class _Untouched(keras.utils.PyDataset):
 
 
 def _shown(rate: float | None) -> str:
-    return "None" if rate is None else f"{rate:.2g}"
+    return "none" if rate is None else f"{rate:.2g}"
 
 
 def _untouched(x: Any) -> Any:

@@ -63,7 +63,8 @@ def test_a_range_shows_its_suggestions():
     rates = tuple(10.0**exponent for exponent in range(-9, 1))
     losses = (1.0, 1.0, 1.0, 0.9, 0.5, 0.1, 0.1, 0.2, 2.0, 9.0)
     found = LearningRateRange(rates, losses, losses)
-    assert repr(found) == "<LearningRateRange of 10 steps, from 1e-09 to 1: suggestion=1e-06>"
+    assert repr(found) == str(found)
+    assert repr(found).startswith("10 learning rates tried; suggestions: valley ")
     _, *rows = table_of(found._repr_html_())
     assert [name for name, _ in rows] == ["valley", "steepest", "minimum"]
     assert ["minimum", "1e-06"] in rows
