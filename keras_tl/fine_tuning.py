@@ -14,6 +14,7 @@ from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.errors import UncacheableError
 from keras_tl.features import FeatureCache
+from keras_tl.features.preparation import prepared
 from keras_tl.features.same_epochs import check_training_data, check_validation_data, never_ends
 from keras_tl.internals.batches import split_off_validation
 from keras_tl.internals.randomness import random_state
@@ -257,7 +258,12 @@ def _recorded(
         UncacheableError: If there are none that stand for every epoch.
     """
     random = views is not None
-    check_training_data(*data, batch_size=batch_size, steps=steps, random=random)
+    check_training_data(
+        *prepared(model, *data, batch_size=batch_size),
+        batch_size=batch_size,
+        steps=steps,
+        random=random,
+    )
     check_validation_data(validation_data, steps=validation_steps)
     cache = FeatureCache(model, backbone=backbone, cache_dir=cache_dir)
     record = functools.partial(cache, batch_size=batch_size, dtype=dtype, verbose=verbose)

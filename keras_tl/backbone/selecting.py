@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import keras
 
 from keras_tl.internals.layers import own_trainable_weights, sublayers
+from keras_tl.internals.own_fit import preparing_layers
 
 Backbone: TypeAlias = keras.Layer | Sequence[keras.Layer]
 Selection: TypeAlias = str | int | re.Pattern | Sequence[str] | Callable[[keras.Layer], bool]
@@ -198,8 +199,13 @@ def choose_layers(model: keras.Model, layers: Choice, argument: str) -> list[ker
 
 
 def is_built(backbone: Backbone) -> bool:
-    """Whether all layers have made their weights, which a subclassed model does when called."""
-    return all(layer.built for layer in flatten_layers(backbone))
+    """Whether all layers have made their weights, which a subclassed model does when called.
+
+    Layers that prepare data are not called with the model, and may not have been yet.
+    """
+    preparing = [layer for root in roots(backbone) for layer in preparing_layers(root)]
+    besides = {id(layer) for layer in flatten_layers(preparing)}
+    return all(layer.built for layer in flatten_layers(backbone) if id(layer) not in besides)
 
 
 def is_batchnorm(layer: keras.Layer) -> bool:

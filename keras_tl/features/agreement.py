@@ -19,6 +19,7 @@ from keras_tl.backbone.selecting import flatten_layers
 from keras_tl.features.probe import same_array
 from keras_tl.internals.layers import own_state, rounds_coarsely, seed_states
 from keras_tl.internals.models import functions_set_aside
+from keras_tl.internals.own_fit import keras_method
 from keras_tl.internals.randomness import random_state
 from keras_tl.stages.best_weights import Snapshot
 
@@ -43,7 +44,7 @@ def difference(
     Args:
         model: The model.
         head: Its head.
-        batch: A batch of the data, as `fit` takes it.
+        batch: A batch of the data, as Keras' `fit` takes it: prepared, if the model's own does so.
         features: What the head takes instead of the batch's inputs.
         arrays: Bool. Whether the data is arrays; otherwise both get a `tf.data.Dataset`.
         eager: Bool. Whether both are evaluated without a compiler, wherever that is possible.
@@ -77,8 +78,9 @@ def _outcome(model: keras.Model, method: str, data: dict[str, Any]) -> Any:
     """Returns outputs or the loss, or the exception that the method raises."""
     try:
         if method == "predict":
-            return model.predict(**data, verbose=0)
-        return float(model.evaluate(**data, verbose=0, return_dict=True)["loss"])
+            return keras_method(model, method)(**data, verbose=0)
+        logs = keras_method(model, method)(**data, verbose=0, return_dict=True)
+        return float(logs["loss"])
     except Exception as error:  # noqa: BLE001  The method may be the user's, and raise anything.
         return error
 

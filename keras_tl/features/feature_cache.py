@@ -18,6 +18,7 @@ from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.features.disk_store import DiskStore
 from keras_tl.features.identity import identity_of
 from keras_tl.features.parts import Parts
+from keras_tl.features.preparation import prepared
 from keras_tl.features.reading import dataset_of, positions_of_batches
 from keras_tl.features.record_reader import RecordReader
 from keras_tl.features.records import Field, Records
@@ -165,7 +166,10 @@ class FeatureCache:
                 check_count(argument, value, at_least=1)
         self._split.check_constant()
         settings = ExtractionSettings(dtype, views, training, verbose)
-        source = Source(x, y, sample_weight, batch_size=batch_size, steps=steps)
+        data = prepared(
+            self._split.model, x, y, sample_weight, batch_size=batch_size, training=training
+        )
+        source = Source(*data, batch_size=batch_size, steps=steps)
         with contextlib.closing(source):
             if settings.passes > 1 and not source.repeatable:
                 raise ValueError(
@@ -281,7 +285,8 @@ class _Known:
     def add(self, x: Any, training: bool, folder: str) -> None:
         """Notes a folder."""
         first = next(iter(keras.tree.flatten(x)), x)
-        self._seen.append((weakref.ref(first), training, folder))
+        with contextlib.suppress(TypeError):  # Of a list of strings, which is read again.
+            self._seen.append((weakref.ref(first), training, folder))
 
     @property
     def folders(self) -> set[str]:

@@ -44,6 +44,7 @@ class SplitModel:
         head: A model from the features to the outputs, compiled as the model is.
         features: Dictionary from the features' names to their symbolic tensors: the backbone's
             outputs, inputs that bypass it, and masks that they carry.
+        model: The model.
         bypassing: Set of the names of those that are inputs of the model.
 
     Raises:
@@ -68,7 +69,7 @@ class SplitModel:
                 "it, would be left out of the record. Train through the backbone."
             )
         inputs = graph_inputs(model)
-        self._model = model
+        self.model = model
         self._twin: tuple[Any, keras.Model] | None = None
         self._backbones = Backbones(model, backbone)
         tensors = cut_after(model, _operations(model, self._backbones))
@@ -148,7 +149,7 @@ class SplitModel:
             differs = self._differs(batch, features, arrays=arrays, eager=True)
         if differs is not None:
             raise UncacheableError(
-                f'`{differs}` of the model "{self._model.name}" (a {type(self._model).__name__}) '
+                f'`{differs}` of the model "{self.model.name}" (a {type(self.model).__name__}) '
                 "gives something else for the first batch of the data than its layers do: it does "
                 "more than to call them, such as preparing the data first, which would be left "
                 "out of the record. Train through the backbone."
@@ -156,7 +157,7 @@ class SplitModel:
 
     def _differs(self, batch: Any, features: dict[str, Any], **settings: bool) -> str | None:
         given = features if len(features) > 1 else next(iter(features.values()))
-        return difference(self._model, self._twin_of_head(), batch, given, **settings)
+        return difference(self.model, self._twin_of_head(), batch, given, **settings)
 
     def _twin_of_head(self) -> keras.Model:
         """Returns a model that does what the head does, made once for each `compile` of the model.
@@ -164,12 +165,12 @@ class SplitModel:
         Not the head itself, whose metrics would be built then: `fit` builds them by a call of the
         model, for which torch draws random numbers.
         """
-        compiled = compile_call(self._model) if self._model.compiled else None
+        compiled = compile_call(self.model) if self.model.compiled else None
         if self._twin is None or self._twin[0] is not compiled:
             with strategy_scope(self.head):
                 twin = keras.Model(self.head.input, self.head.output, name=self.head.name)
                 if compiled is not None:
-                    twin.compile(**compile_arguments(self._model))
+                    twin.compile(**compile_arguments(self.model))
             self._twin = (compiled, twin)
         return self._twin[1]
 
@@ -184,10 +185,10 @@ class SplitModel:
 
     def _extractor(self, names: list[str], training: bool) -> Extractor:
         extractor = Extractor(self._graph, names, training)
-        if self._model.compiled:
+        if self.model.compiled:
             # The arithmetic of `fit`, of which a compiler may round another way.
             extractor.compile(
-                jit_compile=self._model.jit_compile, run_eagerly=self._model.run_eagerly
+                jit_compile=self.model.jit_compile, run_eagerly=self.model.run_eagerly
             )
         return extractor
 

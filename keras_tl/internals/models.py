@@ -14,6 +14,7 @@ import keras
 from keras_tl.internals.checked import SINCE_3_15, checked
 from keras_tl.internals.imported import compute_output_spec
 from keras_tl.internals.optimizers import optimizer_weights, without_loss_scale
+from keras_tl.internals.own_fit import only_prepares
 
 
 def strategy_scope(model: keras.Model) -> contextlib.AbstractContextManager:
@@ -303,6 +304,8 @@ _TRAINING_METHODS = (
 def own_methods(model: keras.Model) -> list[str]:
     """Returns the names of the methods with which a model is trained and that are not Keras'.
 
+    But for those that only prepare data, as far as that can be told by where they come from.
+
     Args:
         model: A Functional or Sequential model, of a class of one's own or not.
     """
@@ -310,7 +313,8 @@ def own_methods(model: keras.Model) -> list[str]:
     return [
         name
         for name in _TRAINING_METHODS
-        if getattr(type(model), name) is not getattr(base, name) or name in vars(model)
+        if (getattr(type(model), name) is not getattr(base, name) or name in vars(model))
+        and not only_prepares(model, name)
     ]
 
 
