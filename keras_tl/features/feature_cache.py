@@ -18,7 +18,7 @@ from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.features.disk_store import DiskStore
 from keras_tl.features.identity import identity_of
 from keras_tl.features.parts import Parts
-from keras_tl.features.preparation import prepared
+from keras_tl.features.preparation import check_prepares_alike, prepared
 from keras_tl.features.reading import dataset_of, positions_of_batches
 from keras_tl.features.record_reader import RecordReader
 from keras_tl.features.records import Field, Records
@@ -166,10 +166,13 @@ class FeatureCache:
                 check_count(argument, value, at_least=1)
         self._split.check_constant()
         settings = ExtractionSettings(dtype, views, training, verbose)
-        data = prepared(
-            self._split.model, x, y, sample_weight, batch_size=batch_size, training=training
+        data = (x, y, sample_weight)
+        how = {"batch_size": batch_size, "training": training}
+        if not settings.random:
+            check_prepares_alike(self._split.model, data, **how)
+        source = Source(
+            *prepared(self._split.model, *data, **how), batch_size=batch_size, steps=steps
         )
-        source = Source(*data, batch_size=batch_size, steps=steps)
         with contextlib.closing(source):
             if settings.passes > 1 and not source.repeatable:
                 raise ValueError(

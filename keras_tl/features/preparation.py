@@ -9,9 +9,12 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from keras_tl.backbone.selecting import flatten_layers
 from keras_tl.errors import UncacheableError
 from keras_tl.internals.batches import batches_of
-from keras_tl.internals.own_fit import handed_on, prepares_data
+from keras_tl.internals.layers import seed_states
+from keras_tl.internals.own_fit import handed_on, prepares_data, preparing_layers
+from keras_tl.internals.values import on_host
 
 Data = tuple[Any, Any, Any]
 
@@ -52,9 +55,40 @@ def prepared(
     found, steps = _handed_on(model, given, training)
     if not all(hasattr(one, "shape") for one in keras.tree.flatten(found[0])):
         return _dataset(found[0], steps), None, None
-    if not _same(found, _handed_on(model, given, training)[0]):
-        raise _unknown(model, "arrays are prepared another way each time")
     return found
+
+
+def check_prepares_alike(
+    model: keras.Model, data: Data, *, batch_size: int | None, training: bool
+) -> None:
+    """Raises an UncacheableError if a model prepares the same batch another way each time.
+
+    Once prepared, the data may well be the same each time that it is read: so are random numbers
+    in a `tf.data.Dataset` under a seed.
+    """
+    if not prepares_data(model):
+        return
+    x, y, sample_weight = data
+    if isinstance(x, tf.data.Dataset):
+        # One batch as it was read, as the next may be in another order.
+        x = tf.data.Dataset.from_tensors(next(iter(x))) if x.cardinality() else x
+    seeds = [seed for one in flatten_layers(preparing_layers(model)) for seed in seed_states(one)]
+    before = [on_host(seed) for seed in seeds]
+    once, again = (
+        _first(*prepared(model, x, y, sample_weight, batch_size=batch_size, training=training))
+        for _ in range(2)
+    )
+    if not _same(once, again) or not _same(before, [on_host(seed) for seed in seeds]):
+        raise UncacheableError(
+            f'The model "{model.name}" (a {type(model).__name__}) prepares data in its own `fit` '
+            "at random. Recorded once, every epoch would see the same. Pass `views=k` to record k "
+            "random passes, of which each epoch draws; or train through the backbone."
+        )
+
+
+def _first(x: Any, y: Any, sample_weight: Any) -> Any:
+    """Returns the first batch of a data set, or arrays as they are."""
+    return next(iter(x), None) if isinstance(x, tf.data.Dataset) else (x, y, sample_weight)
 
 
 def _handed_on(
@@ -92,6 +126,6 @@ def _is_array(x: Any) -> bool:
     return hasattr(x, "shape") or isinstance(x, (str, bytes, int, float))
 
 
-def _same(some: Data, others: Data) -> bool:
+def _same(some: Any, others: Any) -> bool:
     pairs = zip(keras.tree.flatten(some), keras.tree.flatten(others), strict=True)
     return all(one is other or np.array_equal(one, other) for one, other in pairs)

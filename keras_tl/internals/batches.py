@@ -44,7 +44,18 @@ def split_off_validation(x: Any, y: Any, sample_weight: Any, split: float) -> tu
     Returns:
         Two tuples `(x, y, sample_weight)`.
     """
-    return train_validation_split((x, y, sample_weight), validation_split=split)
+    arrays = [one for one in keras.tree.flatten((x, y, sample_weight)) if one is not None]
+    if not any(isinstance(one, np.ndarray) and one.dtype.kind in "OSU" for one in arrays):
+        return train_validation_split((x, y, sample_weight), validation_split=split)
+    # Which Keras cannot split, as only a model's own `fit` can take them.
+    positions, _ = train_validation_split((np.arange(len(arrays[0])),), validation_split=split)
+    count = len(positions[0])
+
+    def part(kept: slice) -> Any:
+        whole = (x, y, sample_weight)
+        return keras.tree.map_structure(lambda one: None if one is None else one[kept], whole)
+
+    return part(slice(count)), part(slice(count, None))
 
 
 def batches_of(

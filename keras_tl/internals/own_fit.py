@@ -96,6 +96,12 @@ def handed_on(model: keras.Model, **arguments: Any) -> dict[str, Any]:
             calls.append(call.arguments)
             return history
 
+        def _assert_compile_called(self, method_name: str | None = None) -> None:
+            # With this Keras' `fit` begins, also one that is not called through `super()`.
+            if method_name == "fit":
+                raise ValueError("it calls the `fit` of Keras otherwise than as `super().fit`")
+            super()._assert_compile_called(method_name)
+
     own = type(model)
     # Not by `setattr`, which layers override. The names of the two are seen in messages alone.
     object.__setattr__(model, "__class__", type(own.__name__, (own, Between), {}))
