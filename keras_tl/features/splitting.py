@@ -84,7 +84,14 @@ class SplitModel:
                 training: self._extractor(list(named), training) for training in (True, False)
             }
             symbolic = keras.tree.map_structure(_placeholder, inputs)
-            spec = self._extractors[True](symbolic)
+            try:
+                spec = self._extractors[True](symbolic)
+            except RuntimeError as error:  # As Keras raises it on torch, whatever layers raise.
+                raise UncacheableError(
+                    f'The shapes of what the layers up to the backbone\'s outputs in "{model.name}" '
+                    f"return cannot be known before they are called on data: {error} Train "
+                    "through the backbone."
+                ) from error
             self.features = dict(spec)
             self._check_no_loss(symbolic)
             self.head = _head(model, tensors, named, spec, outputs)

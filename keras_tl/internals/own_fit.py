@@ -59,9 +59,10 @@ def preparing_layers(model: keras.Layer) -> list[keras.Layer]:
     if called is None:
         return []
     known = {id(layer) for layer in called}
-    # On torch, KerasHub's tasks set them as Keras and torch do not see: not all are sublayers.
-    held = [one for one in vars(model).values() if isinstance(one, keras.Layer)]
-    return [one for one in held if known.isdisjoint(map(id, [one, *_below(one)]))]
+    # On torch, KerasHub's tasks set them such that neither Keras nor torch sees a sublayer.
+    held = [*sublayers(model), *[x for x in vars(model).values() if isinstance(x, keras.Layer)]]
+    different = {id(one): one for one in held}.values()
+    return [one for one in different if known.isdisjoint(map(id, [one, *_below(one)]))]
 
 
 def _below(layer: keras.Layer) -> list[keras.Layer]:

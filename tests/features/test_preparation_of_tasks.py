@@ -66,7 +66,7 @@ def vit():
 
 
 def bert_backbone():
-    return hub.BertBackbone(len(WORDS), 1, 2, 4, 8, dropout=0.0, max_sequence_length=8)
+    return hub.BertBackbone(len(WORDS), 1, 2, 4, 8, dropout=0.0, max_sequence_length=96)
 
 
 def bert(words=WORDS):
