@@ -167,7 +167,7 @@ class FeatureCache:
         self._split.check_constant()
         settings = ExtractionSettings(dtype, views, training, verbose)
         data = (x, y, sample_weight)
-        how = {"batch_size": batch_size, "training": training}
+        how: dict[str, Any] = {"batch_size": batch_size, "training": training}
         if not settings.random:
             check_prepares_alike(self._split.model, data, **how)
         source = Source(

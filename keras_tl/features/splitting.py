@@ -88,8 +88,8 @@ class SplitModel:
                 spec = self._extractors[True](symbolic)
             except RuntimeError as error:  # As Keras raises it on torch, whatever layers raise.
                 raise UncacheableError(
-                    f'The shapes of what the layers up to the backbone\'s outputs in "{model.name}" '
-                    f"return cannot be known before they are called on data: {error} Train "
+                    f'The shapes of the features of "{model.name}" '
+                    f"cannot be known before they are called on data: {error} Train "
                     "through the backbone."
                 ) from error
             self.features = dict(spec)
