@@ -37,7 +37,8 @@ class Backbones:
     Args:
         model: A model.
         backbone: A layer, model or list of layers of that model, their names, or a function that
-            returns them for the model. None means each `FrozenBackbone`.
+            returns them for the model. None means each `FrozenBackbone`, or if there is none
+            `model.backbone`, as KerasHub's tasks have it.
 
     Raises:
         ValueError: If there is no such backbone in the model.
@@ -45,12 +46,16 @@ class Backbones:
 
     def __init__(self, model: keras.Model, backbone: BackboneOf | None):
         wrappers = _wrappers(model)
-        given = wrappers if backbone is None else _given(model, backbone, wrappers)
+        if backbone is None:
+            given = wrappers or _named_backbone(model)
+        else:
+            given = _given(model, backbone, wrappers)
         if not given:
             raise ValueError(
-                f'The model "{model.name}" has no FrozenBackbone. Wrap the pretrained model in '
-                "keras_tl.FrozenBackbone (best), or pass `backbone=` with a layer, a nested model "
-                "or a list of layers of this model, or with names of these."
+                f'The model "{model.name}" has no FrozenBackbone, and no layer of it is its '
+                "attribute `backbone`. Wrap the pretrained model in keras_tl.FrozenBackbone "
+                "(best), or pass `backbone=` with a layer, a nested model or a list of layers of "
+                "this model, or with names of these."
             )
         self.wrapped = [layer for layer in given if isinstance(layer, FrozenBackbone)]
         self.plain = [layer for layer in given if not isinstance(layer, FrozenBackbone)]
@@ -215,6 +220,12 @@ def names_of_layers(backbone: BackboneOf | None) -> Any:
 
 def _wrappers(model: keras.Model) -> list[keras.Layer]:
     return [layer for layer in flatten_layers(model) if isinstance(layer, FrozenBackbone)]
+
+
+def _named_backbone(model: keras.Model) -> list[keras.Layer]:
+    """The layer that a model calls its backbone, if it does."""
+    backbone = getattr(model, "backbone", None)
+    return [layer for layer in flatten_layers(model)[1:] if layer is backbone]
 
 
 def _given(
