@@ -335,10 +335,11 @@ class FrozenBackbone(keras.layers.Layer):
         all of it was.
 
         Args:
-            layers: Which layers. `"all"`; an int n, the n layers nearest the output that have
-                weights to train; a regular expression that must match a layer's whole name (nested
-                layers are named `outer/inner`); a list of such names; or a function from a layer to
-                a bool. A selected layer brings the layers in it.
+            layers: Which layers. `"all"`; `"lora"`, only the weights that `enable_lora` of layers
+                or of a KerasHub backbone added; an int n, the n layers nearest the output that
+                have weights to train; a regular expression that must match a layer's whole name
+                (nested layers are named `outer/inner`); a list of such names; or a function from
+                a layer to a bool. A selected layer brings the layers in it.
             train_batchnorm: Bool. Whether selected BatchNormalization layers train their gamma and
                 beta. Their moving statistics stay constant either way.
 
