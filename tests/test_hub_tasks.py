@@ -97,6 +97,7 @@ def test_a_text_task_trains_its_head_then_lora_then_everything(wrap, tmp_path):
     assert as_bytes(adapted) == before
 
 
+@pytest.mark.slow
 def test_a_preset_of_a_wrapped_task_is_one(tmp_path):
     tokenizer = hub.BertTokenizer(vocabulary=WORDS)
     preprocessor = hub.BertTextClassifierPreprocessor(tokenizer, sequence_length=8)

@@ -77,7 +77,14 @@ def test_a_backbone_without_lora_is_told_how_to_enable_it():
         FrozenBackbone(Adapted()).unfreeze("lora")
 
 
-@pytest.mark.parametrize("wrap", ["no", "before", "after", "through"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        "no",
+        "through",
+        *[pytest.param(when, marks=pytest.mark.slow) for when in ("before", "after")],
+    ],
+)
 @pytest.mark.eager
 def test_head_first_then_lora_then_everything(wrap, tmp_path):
     base = Adapted()
