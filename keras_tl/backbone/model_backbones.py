@@ -57,10 +57,10 @@ class Backbones:
             given = _given(model, backbone, wrappers)
         if not given:
             raise ValueError(
-                f'The model "{model.name}" has no FrozenBackbone, and no layer of it is its '
-                "attribute `backbone`. Wrap the pretrained model in keras_tl.FrozenBackbone "
-                "(best), or pass `backbone=` with a layer, a nested model or a list of layers of "
-                "this model, or with names of these."
+                f'The model "{model.name}" has no FrozenBackbone. Wrap the pretrained model in '
+                "keras_tl.FrozenBackbone (best), or pass `backbone=` with a layer, a nested model "
+                "or a list of layers of this model, or with names of these. A layer of the model "
+                "that is its attribute `backbone` is found without."
             )
         self.wrapped = [layer for layer in given if isinstance(layer, FrozenBackbone)]
         self.plain = [layer for layer in given if not isinstance(layer, FrozenBackbone)]

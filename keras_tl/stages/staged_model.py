@@ -40,7 +40,7 @@ class StagedModel:
         exactly: Bool. Whether in each stage just its layers of the backbone train, or they join
             what trains already.
         backbone: A layer, model or list of layers of the model, names of these, or a function of
-            the model. None means each `FrozenBackbone`.
+            the model. None means each `FrozenBackbone`, or else `model.backbone`.
         optimizer: An optimizer to use instead of a copy of the compiled one.
 
     Raises:

@@ -116,7 +116,7 @@ def test_prefers_a_wrapper_to_what_a_model_calls_its_backbone():
 def test_a_backbone_that_is_no_layer_of_the_model_is_none(backbone):
     model, _ = build()
     model.backbone = backbone
-    with pytest.raises(ValueError, match="no FrozenBackbone, and no layer.*attribute `backbone`"):
+    with pytest.raises(ValueError, match="has no FrozenBackbone.*its attribute `backbone`"):
         Backbones(model, None)
 
 
