@@ -81,7 +81,8 @@ def fine_tune(
             `layerwise_learning_rates` returns. Defaults to `None`: that of `optimizer`, those of
             the model's own `GroupOptimizer`, or else `1e-5`.
         backbone: The layer, model or list of layers to unfreeze, their names, or a function of the
-            model that returns them. Defaults to every `FrozenBackbone` in the model.
+            model that returns them. Defaults to every `FrozenBackbone` in the model, or else its
+            attribute `backbone`.
         monitor: String. The quantity in the logs to judge convergence by. Defaults to `None`:
             `"val_loss"`, or `"loss"` without `validation_data`.
         patience: Int. Epochs without improvement after which the head has converged. Defaults to

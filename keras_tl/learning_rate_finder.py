@@ -50,7 +50,7 @@ def find_learning_rate(
             reached yet; see `FrozenBackbone.unfreeze`. Defaults to `None`: what is trainable now.
         backbone: The layer, model or list of layers that `layers` are of, their names, or a
             function of the model that returns them. Defaults to every `FrozenBackbone` in the
-            model.
+            model, or else its attribute `backbone`.
         train_batchnorm: Bool. Whether BatchNormalization layers in a `FrozenBackbone` train their
             gamma and beta in that stage. Defaults to `False`.
         batch_size: Int or None, as in `fit`.

@@ -26,10 +26,15 @@ from keras_tl.internals.layers import own_trainable_weights, sublayers
 # block3_conv1, conv4_block2_1_conv, block2a_expand_conv, stage_0_block_1_conv, encoder_layer_3.
 # In the plural, as timm has it, two numbers are of a stage and a block: blocks_0_1_conv.
 _NAMED = re.compile(
-    r".*(?:(?:block|stage|layer|cell|expanded_conv)_?\d+[a-z]?"
-    r"|(?:blocks|stages|layers)_\d+(?:_\d+)?)(?=_|/|$)",
+    r".*(?:(?:block|stage|layer|cell|expanded_conv)_?\d+[a-z]?(?=_|/|$)"
+    r"|(?:blocks|stages|layers)_\d+(?:_\d+)?(?=_|/|$)"
+    r"|(?:encoder|decoder)_\d+(?=/|$))",
     re.IGNORECASE,
 )
+# As torchvision has it: layer1_0_conv1 is in the first block of a stage.
+_OF_STAGE = re.compile(r".*layer\d+_\d+(?=_[a-z])", re.IGNORECASE)
+# Layers in a block are no blocks: stages_0_blocks_1_layers_2.
+_IN_BLOCK = re.compile(r"(?<=blocks_)(\d+)_layers_\d+$", re.IGNORECASE)
 
 
 def split_into_blocks(
@@ -84,8 +89,19 @@ def split_into_blocks(
 
 def _names_of_blocks(named: dict[str, keras.Layer]) -> dict[str, str]:
     """The block that each layer's name tells of, or an empty string."""
-    matches = {name: _NAMED.match(name) for name in named}
-    return {name: match[0] if match else "" for name, match in matches.items()}
+    of_stages = any(re.match(r".*layer\d+_0_", name, re.IGNORECASE) for name in named)
+    found = {}
+    for name, layer in named.items():
+        match = (of_stages and _OF_STAGE.match(name)) or _NAMED.match(name)
+        block = _IN_BLOCK.sub(r"\1", match[0]) if match else ""
+        # A layer that is a block, the second of a stage: block_1_2.
+        numbered = match and re.fullmatch(r"_\d+", name[match.end() :])
+        found[name] = name if numbered and _is_made_of_parts(layer) else block
+    return found
+
+
+def _is_made_of_parts(layer: keras.Layer) -> bool:
+    return sum(_trains(part) for part in sublayers(layer)) > 1
 
 
 def _cuts(backbone: Backbone, named: dict[str, keras.Layer]) -> dict[str, str]:
@@ -131,12 +147,13 @@ def _operations(model: keras.Model) -> list[Any]:
 def _is_stack(layer: keras.Layer) -> bool:
     """Whether most of a layer is several layers of one class that are made of layers themselves.
 
-    An encoder is; attention (of plain layers), `Bidirectional` (of one cell each) and a transformer
-    block (of two attentions and as many weights besides) are not.
+    An encoder is; attention (of plain layers), `Bidirectional` (of one cell each), a stem (of
+    convolutions with their normalization) and a transformer block (of two attentions and as many
+    weights besides) are not.
     """
     alike: dict[type, list[keras.Layer]] = {}
     for sublayer in sublayers(layer):
-        if sum(bool(part.weights) for part in sublayers(sublayer)) > 1:
+        if _is_made_of_parts(sublayer):
             alike.setdefault(type(sublayer), []).append(sublayer)
     share = 2 / 3 * count_params(layer.weights)
     return any(
@@ -147,8 +164,8 @@ def _is_stack(layer: keras.Layer) -> bool:
 
 def has_named_blocks(backbone: Backbone) -> bool:
     """Whether the names of the backbone's layers tell of at least two blocks."""
-    matches = [_NAMED.match(name) for name in _units_with_weights(backbone)]
-    return len({match[0] for match in matches if match}) > 1
+    blocks = _names_of_blocks(_units_with_weights(backbone)).values()
+    return len({block for block in blocks if block}) > 1
 
 
 def split_by_depth(

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from keras_tl.backbone.hand_frozen import (
     held_layers,
     is_held,
 )
+from keras_tl.backbone.lora import lora_weights, weights_lora_leaves
 from keras_tl.backbone.paths import layer_paths, weight_paths
 from keras_tl.backbone.selecting import (
     ALLOWED,
@@ -51,10 +51,11 @@ def freeze(backbone: Backbone, layers: Selection = "all") -> None:
     Raises:
         ValueError: If `layers` selects nothing.
     """
+    only_lora = _is_lora(layers)
     for layer in flatten_layers(select_layers(backbone, layers, count_batchnorm=True)):
-        set_layer_flag(layer, False)
-        for weight in own_trainable_weights(layer):
+        for weight in lora_weights(layer) if only_lora else own_trainable_weights(layer):
             set_weight_flag(weight, False)
+        set_layer_flag(layer, only_lora and layer.trainable and _has_trainable_part(layer))
     for layer in reversed(flatten_layers(backbone)):
         if layer.trainable and sublayers(layer):
             set_layer_flag(layer, _has_trainable_part(layer))
@@ -75,8 +76,9 @@ def unfreeze(
 
     Args:
         backbone: A layer, a model, or a list of layers.
-        layers: Which layers; see `selecting.select_layers`. A name, a list of names, a regular
-            expression and a function name the layers that they select. An int and `"all"` name
+        layers: Which layers; see `selecting.select_layers`. Of `"lora"` only the weights that
+            LoRA added. A name, a list of names, a regular expression, a function and
+            `"lora"` name the layers that they select. An int and `"all"` name
             none, and nor does an expression or a function that selects all that `"all"` does.
         train_batchnorm: Bool. Whether selected BatchNormalization layers become trainable too.
         hand_frozen: What was frozen by hand.
@@ -139,7 +141,7 @@ def is_thawed(backbone: Backbone, hand_frozen: HandFrozen = NOTHING) -> bool:
         weight.trainable or id(weight) in kept
         for layer in flatten_layers(backbone)
         if id(layer) not in around_lora
-        for weight in _weights_lora_leaves(layer)
+        for weight in weights_lora_leaves(layer)
     )
 
 
@@ -151,7 +153,7 @@ def cannot_train(backbone: Backbone) -> list[keras.Variable]:
     weights = []
     for layer in flatten_layers(backbone):
         if layer.trainable:
-            left = _weights_lora_leaves(layer)
+            left = weights_lora_leaves(layer)
             weights += without(own_trainable_weights(layer), left)
             if getattr(layer, "quantization_mode", None):
                 weights += [w for w in own_state(layer) if "int" in w.dtype]
@@ -224,7 +226,7 @@ def restore_trainable_flags(backbone: Backbone, config: Mapping[str, Any]) -> li
     )
     for path, layer in layers.items():
         if flags.layers.get(path):
-            for weight in _weights_lora_leaves(layer):
+            for weight in weights_lora_leaves(layer):
                 set_weight_flag(weight, True)
     return set_trainable_flags(backbone, flags)
 
@@ -268,6 +270,10 @@ def _members(
     return [layer for layer in members if id(layer) not in stay]
 
 
+def _is_lora(layers: Selection) -> bool:
+    return isinstance(layers, str) and layers == "lora"
+
+
 def _is_names(layers: Selection) -> bool:
     return isinstance(layers, Sequence) and not isinstance(layers, str)
 
@@ -299,11 +305,9 @@ def _trainable_in(
     hand_frozen: HandFrozen,
 ) -> list[keras.Variable]:
     kept = {id(weight) for weight in hand_frozen.weights}
+    weights_of = lora_weights if _is_lora(layers) else weights_lora_leaves
     weights = [
-        weight
-        for layer in members
-        for weight in _weights_lora_leaves(layer)
-        if id(weight) not in kept
+        weight for layer in members for weight in weights_of(layer) if id(weight) not in kept
     ]
     if not weights:
         raise ValueError(
@@ -313,16 +317,6 @@ def _trainable_in(
             f"unless they are named; layers that are not built have no weights yet. {ALLOWED}"
         )
     return weights
-
-
-def _weights_lora_leaves(layer: keras.Layer) -> list[keras.Variable]:
-    """The layer's own weights to train, less the kernel that `enable_lora` keeps frozen."""
-    weights = own_trainable_weights(layer)
-    if not getattr(layer, "lora_enabled", False):
-        return weights
-    factors = [re.fullmatch(r"lora_(.*)_[ab]", weight.name) for weight in weights]
-    bases = {match[1] for match in factors if match}
-    return [weight for weight in weights if weight.name not in bases]
 
 
 def _has_trainable_part(layer: keras.Layer) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 
+from keras_tl.backbone.lora import lora_weights
 from keras_tl.backbone.paths import layer_paths, weight_paths
 from keras_tl.backbone.selecting import Backbone, flatten_layers, is_batchnorm, roots
 from keras_tl.internals.layers import is_lora_backbone, own_trainable_weights, sublayers
@@ -31,6 +32,12 @@ class HandFrozen:
     layers: Sequence[keras.Layer] = ()
     weights: Sequence[keras.Variable] = ()
     knows_lora: bool = False
+
+    def beyond_lora(self, backbone: Backbone) -> HandFrozen:
+        """Returns it less what `enable_lora` of a backbone froze around the layers with LoRA."""
+        around = _ids(frozen_around_lora(backbone)) if self.knows_lora else set()
+        layers = [layer for layer in self.layers if id(layer) not in around]
+        return dataclasses.replace(self, layers=layers, knows_lora=True)
 
     def to_config(self, backbone: Backbone) -> dict[str, list[str]]:
         """Returns it as the paths of layers and weights in the backbone."""
@@ -78,14 +85,22 @@ def frozen_by_hand(backbone: Backbone) -> HandFrozen:
 
 
 def hand_frozen_weights(backbone: Backbone) -> list[keras.Variable]:
-    """Returns the weights that were frozen one by one, in layers that are trainable."""
+    """Returns the weights that were frozen one by one, in layers that are trainable.
+
+    A layer of which the LoRA weights train alone says nothing: so a stage of LoRA looks.
+    """
     return [
         weight
         for layer in flatten_layers(backbone)
-        if layer.trainable
+        if layer.trainable and not _trains_lora_alone(layer)
         for weight in own_trainable_weights(layer)
         if not weight.trainable
     ]
+
+
+def _trains_lora_alone(layer: keras.Layer) -> bool:
+    lora = _ids(lora_weights(layer))
+    return bool(lora) and lora == _ids(w for w in own_trainable_weights(layer) if w.trainable)
 
 
 def frozen_around_lora(backbone: Backbone) -> list[keras.Layer]:

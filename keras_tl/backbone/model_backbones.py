@@ -19,6 +19,7 @@ from keras_tl.backbone.selecting import (
     layer_units,
     named_layers,
 )
+from keras_tl.internals.layers import set_layer_flag
 from keras_tl.internals.models import functions_kept
 from keras_tl.layers import FrozenBackbone
 
@@ -37,23 +38,33 @@ class Backbones:
     Args:
         model: A model.
         backbone: A layer, model or list of layers of that model, their names, or a function that
-            returns them for the model. None means each `FrozenBackbone`.
+            returns them for the model. None means each `FrozenBackbone`, or if there is none
+            `model.backbone`, as KerasHub's tasks have it.
+        beyond_lora: Bool. Whether `"all"` selects also what `enable_lora` froze, since `"lora"`
+            selects the rest.
 
     Raises:
         ValueError: If there is no such backbone in the model.
     """
 
-    def __init__(self, model: keras.Model, backbone: BackboneOf | None):
+    def __init__(
+        self, model: keras.Model, backbone: BackboneOf | None, *, beyond_lora: bool = False
+    ):
         wrappers = _wrappers(model)
-        given = wrappers if backbone is None else _given(model, backbone, wrappers)
+        if backbone is None:
+            given = wrappers or _named_backbone(model)
+        else:
+            given = _given(model, backbone, wrappers)
         if not given:
             raise ValueError(
                 f'The model "{model.name}" has no FrozenBackbone. Wrap the pretrained model in '
                 "keras_tl.FrozenBackbone (best), or pass `backbone=` with a layer, a nested model "
-                "or a list of layers of this model, or with names of these."
+                "or a list of layers of this model, or with names of these. A layer of the model "
+                "that is its attribute `backbone` is found without."
             )
         self.wrapped = [layer for layer in given if isinstance(layer, FrozenBackbone)]
         self.plain = [layer for layer in given if not isinstance(layer, FrozenBackbone)]
+        self._beyond_lora = beyond_lora
         # A whole layer that is frozen says nothing: in a plain backbone that is how stage 0 looks.
         self._hand_frozen = HandFrozen(weights=hand_frozen_weights(self.plain))
 
@@ -144,11 +155,14 @@ class Backbones:
     def unfreeze(self, layers: Selection, train_batchnorm: bool) -> None:
         """Unfreezes the selected layers. What is compiled is the caller's to renew."""
         for target in self._selecting(layers, train_batchnorm):
+            freezing.unfreeze(
+                unwrapped(target),
+                layers,
+                train_batchnorm=train_batchnorm,
+                hand_frozen=self._hand_frozen_in(target),
+            )
             if isinstance(target, FrozenBackbone):
-                with functions_kept():
-                    target.unfreeze(layers, train_batchnorm=train_batchnorm)
-            else:
-                freezing.unfreeze(target, layers, hand_frozen=self._hand_frozen)
+                set_layer_flag(target, True)
 
     def names_of(self, weights: Iterable[keras.Variable]) -> tuple[str, ...]:
         """Returns the names of the layers that have any of these weights, input to output."""
@@ -166,7 +180,11 @@ class Backbones:
 
     def _hand_frozen_in(self, target: Backbone) -> HandFrozen:
         """What was frozen by hand, and stays so."""
-        return target.hand_frozen if isinstance(target, FrozenBackbone) else self._hand_frozen
+        if isinstance(target, FrozenBackbone):
+            hand_frozen: HandFrozen = target.hand_frozen
+        else:
+            hand_frozen = self._hand_frozen
+        return hand_frozen.beyond_lora(unwrapped(target)) if self._beyond_lora else hand_frozen
 
     def _selecting(self, layers: Selection, train_batchnorm: bool) -> list[Backbone]:
         """The backbones in which `layers` selects something: it need not in every one."""
@@ -215,6 +233,12 @@ def names_of_layers(backbone: BackboneOf | None) -> Any:
 
 def _wrappers(model: keras.Model) -> list[keras.Layer]:
     return [layer for layer in flatten_layers(model) if isinstance(layer, FrozenBackbone)]
+
+
+def _named_backbone(model: keras.Model) -> list[keras.Layer]:
+    """The layer that a model calls its backbone, if it does."""
+    backbone = getattr(model, "backbone", None)
+    return [layer for layer in flatten_layers(model)[1:] if layer is backbone]
 
 
 def _given(

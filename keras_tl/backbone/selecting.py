@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 
 import keras
 
+from keras_tl.backbone.lora import lora_weights
 from keras_tl.internals.layers import own_trainable_weights, sublayers
 from keras_tl.internals.own_fit import preparing_layers
 
@@ -20,7 +21,7 @@ Selection: TypeAlias = str | int | re.Pattern | Sequence[str] | Callable[[keras.
 Choice: TypeAlias = Selection | keras.Layer | Sequence[keras.Layer | str]
 
 ALLOWED = (
-    'Pass "all", an int, a regular expression for whole layer names, a list of names, or a '
+    'Pass "all", an int, "lora", a regular expression for whole layer names, a list of names, or a '
     "function from a layer to a bool."
 )
 
@@ -112,10 +113,11 @@ def select_layers(
 
     Args:
         backbone: A layer, a model, or a list of layers.
-        layers: Which layers. `"all"`; an int n, the n layers nearest the output that have weights
-            to train; a regular expression that must match a layer's whole name (nested layers are
-            named `outer/inner`); a list of such names; or a function from a layer to a bool.
-            A selected layer brings the layers in it.
+        layers: Which layers. `"all"`; `"lora"`, those with weights that `enable_lora` added; an
+            int n, the n layers nearest the output that have weights to train; a regular expression
+            that must match a layer's whole name (nested layers are named `outer/inner`); a list of
+            such names; or a function from a layer to a bool. A selected layer brings the layers in
+            it.
         count_batchnorm: Bool. Whether an int n counts BatchNormalization layers.
         not_counted: Layers that an int n passes over, at every depth.
         argument: String. What the caller calls `layers`, for messages.
@@ -137,6 +139,8 @@ def select_layers(
     check_selection(layers, argument)
     if isinstance(layers, str) and layers == "all":
         selected = roots(backbone)
+    elif isinstance(layers, str) and layers == "lora":
+        selected = _with_lora(backbone, argument)
     elif isinstance(layers, int):
         selected = _nearest_output(backbone, layers, count_batchnorm, not_counted, argument)
     elif isinstance(layers, (str, re.Pattern)):
@@ -245,6 +249,17 @@ def top_layers(backbone: Backbone) -> list[keras.Layer]:
 
 def _unique(layers: Iterable[keras.Layer]) -> list[keras.Layer]:
     return list({id(layer): layer for layer in layers}.values())
+
+
+def _with_lora(backbone: Backbone, argument: str) -> list[keras.Layer]:
+    selected = [layer for layer in flatten_layers(backbone) if lora_weights(layer)]
+    if not selected:
+        raise ValueError(
+            f'`{argument}="lora"`: no layer of the backbone {describe(backbone)} has LoRA weights. '
+            "Call `enable_lora(rank)` of the backbone (KerasHub) or of its layers first, also of a "
+            f"model that was saved and loaded: its file has them in the kernels. {ALLOWED}"
+        )
+    return selected
 
 
 def _nearest_output(

@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import html
 import os
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,12 +15,13 @@ import keras
 
 from keras_tl.arguments import check_can_be_set, check_count, check_min_delta, check_monitor
 from keras_tl.backbone.model_backbones import BackboneOf, names_of_layers
-from keras_tl.backbone.selecting import Selection
+from keras_tl.backbone.selecting import Selection, is_built
 from keras_tl.messages import html_table
 from keras_tl.optimizers.learning_rates import LearningRate
 from keras_tl.stages import switching
 from keras_tl.stages.run import Run
 from keras_tl.stages.stage import Stage, check_one_rate, check_stages
+from keras_tl.stages.staged_model import StagedModel
 from keras_tl.stages.transition import Transition
 
 
@@ -39,17 +41,19 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     the model was compiled with continues. A callback that sets learning rates of its own undoes
     those of the switch, and is warned of.
 
-    Without a `FrozenBackbone`, pass `backbone`. A plain backbone that is wholly trainable when
-    `fit` starts is frozen first. Its BatchNormalization layers are then never unfrozen: in a plain
-    model `trainable=False` is all that keeps Keras from updating their moving statistics, since
-    `fit` overrides a `training=False` with which a Functional model called them. Only a
-    `FrozenBackbone` can train their gamma and beta.
+    Without a `FrozenBackbone`, pass `backbone`; that of a KerasHub task is found. A plain backbone
+    that is wholly trainable when `fit` starts is frozen first. Its BatchNormalization layers are
+    then never unfrozen: in a plain model `trainable=False` is all that keeps Keras from updating
+    their moving statistics, since `fit` overrides a `training=False` with which a Functional model
+    called them. Only a `FrozenBackbone` can train their gamma and beta.
 
     A model whose layers in question are trainable already, such as one loaded after the switch,
     starts in stage 1; with `stages` in the first in which just the layers that are trainable train.
     A plain backbone without BatchNormalization is trainable then as it was before it was ever
-    frozen: fine-tuning continues if the optimizer has trained it. A loaded KerasHub task knows
-    neither, and starts in stage 0.
+    frozen: fine-tuning continues if the optimizer has trained it. The file of a KerasHub task with
+    a plain backbone tells neither what trained nor at which rate: the task loads wholly trainable,
+    and starts in stage 0 unless `enter_stage` is called before. One on a `FrozenBackbone` loads as
+    it was.
 
     A model compiled with a `GroupOptimizer` keeps its groups: what is unfrozen joins the group that
     `assign` says, with that group's learning rate, and groups that nothing joins keep their state.
@@ -62,7 +66,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         backbone: The layer, model or list of layers to unfreeze; their names in the model (of
             nested ones `outer/inner`); or a function of the model that returns them. Names and
             functions also serve where the model is made later, as in a KerasTuner search. Defaults
-            to every `FrozenBackbone` in the model.
+            to every `FrozenBackbone` in the model, or if there is none to the layer that is its
+            attribute `backbone`, as in a KerasHub task.
         layers: Which layers of the backbone are unfrozen; see `FrozenBackbone.unfreeze`. Defaults
             to `"all"`.
         train_batchnorm: Bool. Whether BatchNormalization layers in a `FrozenBackbone` train their
@@ -133,9 +138,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     Raises:
         ValueError: For an argument that is out of range; when `fit` starts, if the model has no
-            `FrozenBackbone` and `backbone` is None, if `backbone` is not in the model, or if
-            `layers` selects nothing in it; and at the first epoch's end, if `monitor` is not in the
-            logs.
+            `FrozenBackbone` and no `backbone`, if `backbone` is not in the model, if `layers`
+            selects nothing in it, or if nothing would train in stage 0; and at the first epoch's
+            end, if `monitor` is not in the logs.
 
     Example:
 
@@ -212,6 +217,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.delete_checkpoint = delete_checkpoint
         self.verbose = verbose
         self._run: Run | None = None
+        self._entered: weakref.ref[keras.Model] | None = None
         self._schedule: list[Stage] | None = None
         (only,) = self.stages
         if stages is not None:
@@ -248,6 +254,53 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             train_batchnorm=self.train_batchnorm,
         )
         return [only]
+
+    def enter_stage(self, model: keras.Model, stage: int = 1) -> None:
+        """Puts a compiled model in a stage, of which nothing else tells.
+
+        Such as a KerasHub task with a plain backbone, loaded from a file that was saved in that
+        stage, which does not hold what trains in it; or a language model without a head, of which
+        nothing could train in stage 0. The layers of the stage train, and no others of the
+        backbone; the optimizer is a new one as after the switch. The next `fit` goes on in that
+        stage, with this callback or without it.
+
+        Args:
+            model: A compiled and built model.
+            stage: Int. The number of the stage, from 1. Defaults to `1`.
+
+        Raises:
+            ValueError: If there is no such stage, the model is not built, or its backbone does not
+                have the stage's layers. The model is then as it was.
+
+        Example:
+
+        >>> base = keras.Sequential([keras.Input((8,)), keras.layers.Dense(4)], name="base")
+        >>> base.trainable = False
+        >>> model = keras.Sequential([base, keras.layers.Dense(1)])
+        >>> model.compile("adam", "mse")
+        >>> UnfreezeAtConvergence(1e-5, backbone="base").enter_stage(model)
+        >>> len(model.trainable_weights), f"{float(model.optimizer.learning_rate):.0e}"
+        (4, '1e-05')
+        """
+        if stage not in range(1, len(self.stages) + 1):
+            raise ValueError(
+                f"`stage` must be an int from 1 to {len(self.stages)}, the number of stages. "
+                f"Received: stage={stage!r}."
+            )
+        if not is_built(model):
+            raise ValueError(
+                f'The model "{model.name}" is not built, so it has no layers to train yet. Call it '
+                "on a batch first."
+            )
+        staged = StagedModel(
+            model,
+            self.stages,
+            exactly=self._schedule is not None,
+            backbone=self.backbone,
+            optimizer=self.optimizer,
+        )
+        staged.enter_directly(stage)
+        self._entered = weakref.ref(model)
 
     # What the last `fit` did.
 
@@ -322,12 +375,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def _copied_attributes(self) -> dict[str, Any]:
         """Settings as they are now, and what a subclass has added; of no model and no run."""
-        return {**vars(self), **vars(keras.callbacks.Callback()), "_run": None}
+        return {**vars(self), **vars(keras.callbacks.Callback()), "_run": None, "_entered": None}
 
     # Hooks, in the order in which `fit` calls them.
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
-        self._run = Run(self, exactly=self._schedule is not None, last=self._run)
+        entered = self._entered is not None and self._entered() is self.model
+        exactly = self._schedule is not None
+        self._run = Run(self, exactly=exactly, last=self._run, entered=entered)
         self._run.begin()
 
     def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:

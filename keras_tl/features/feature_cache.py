@@ -54,7 +54,7 @@ class FeatureCache:
         model: A Functional or built Sequential model with a frozen backbone, compiled or not.
         backbone: The layer, model or list of layers to record the outputs of, their names, or a
             function of the model that returns them. Defaults to every `FrozenBackbone` in the
-            model.
+            model, or else its attribute `backbone`.
         cache_dir: String or path. The folder to keep features in. Defaults to `None`: in memory.
 
     Attributes:

@@ -38,7 +38,7 @@ class SplitModel:
     Args:
         model: A Functional or built Sequential model, compiled or not.
         backbone: A layer, model or list of layers of the model, names of these, or a function of
-            the model. None means each `FrozenBackbone`.
+            the model. None means each `FrozenBackbone`, or else `model.backbone`.
 
     Attributes:
         head: A model from the features to the outputs, compiled as the model is.

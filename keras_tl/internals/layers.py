@@ -13,13 +13,28 @@ from typing import Any
 import keras
 
 from keras_tl.internals.checked import SINCE_3_15, UnsupportedKerasError, checked
-from keras_tl.internals.imported import get_keras_mask, global_state, to_snake_case
+from keras_tl.internals.imported import Trainer, get_keras_mask, global_state, to_snake_case
 
 
 @checked(SINCE_3_15)
 def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     """Returns the direct sublayers of any layer, in order (public only for a model: `layers`)."""
     return layer._flatten_layers(include_self=False, recursive=False)
+
+
+@checked(SINCE_3_15)
+def was_called(layer: keras.Layer) -> bool:
+    """Whether a layer has been called on symbolic tensors, which it then knows."""
+    return bool(layer._inbound_nodes)
+
+
+# What models have and layers must not: Keras asks any object whether it has `get_compile_config`,
+# `save_assets` and so on, and would compile a layer, or save a model in a layer twice.
+NOT_OF_A_LAYER = frozenset(
+    ["save_assets", "load_assets", "optimizer", "loss", "compiled", "stop_training"]
+    + ["steps_per_execution", "train_function", "test_function", "predict_function"]
+    + [name for one in keras.Model.__mro__[1:] if issubclass(one, Trainer) for name in vars(one)]
+)
 
 
 @checked(SINCE_3_15)

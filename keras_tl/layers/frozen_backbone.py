@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +17,7 @@ from keras_tl.backbone.hand_frozen import NOTHING, HandFrozen, frozen_by_hand
 from keras_tl.backbone.selecting import Selection, batchnorm_layers, flatten_layers, no_such_layer
 from keras_tl.internals.graphs import outputs_in_graph
 from keras_tl.internals.layers import (
+    NOT_OF_A_LAYER,
     HeldInInference,
     call_context_kept,
     catches_inputs,
@@ -22,6 +25,7 @@ from keras_tl.internals.layers import (
     set_layer_flag,
     take_call_signature,
     training_by_name,
+    was_called,
 )
 from keras_tl.internals.models import renew_sharing, renews_sharing
 from keras_tl.internals.saved_weights import read_without_wrapper
@@ -93,8 +97,13 @@ class FrozenBackbone(keras.layers.Layer):
     that is frozen as a whole says nothing by that, and is unfrozen as a whole.
 
     It hides nothing of the backbone: it is called with the same arguments (masks, a second tensor,
-    states), and gradients pass through it to its inputs and to layers before it, frozen or not. A
-    compiled backbone keeps its loss and metrics to itself, as when it is nested plainly. On
+    states), and gradients pass through it to its inputs and to layers before it, frozen or not. It
+    has the backbone's public attributes and methods besides its own, so that a KerasHub task can be
+    built on it; but not those that compile and train a model. Symbolic tensors (`output`,
+    `pyramid_outputs`) are outputs of a wrapper, such that a model that is made of them holds it.
+    Through a frozen wrapper `enable_lora` adds weights that are frozen too: `unfreeze("lora")`
+    trains them. A compiled backbone keeps its loss and metrics to itself, as when it is nested
+    plainly. On
     TensorFlow, a `tf.GradientTape` does not watch weights that are frozen, which spares time and
     memory: for the gradient to one, call `tape.watch(weight.value)` before the layer is called.
 
@@ -176,6 +185,7 @@ class FrozenBackbone(keras.layers.Layer):
         self._call_arguments: _CallArguments | None = None
         self.hand_frozen = frozen_by_hand(backbone)
         self._saved: _Saved | None = None
+        self._parts = _Parts({})
         self._batchnorm_in_inference = HeldInInference(batchnorm_layers(backbone))
         freezing.freeze(backbone)
         if trainable:
@@ -201,11 +211,11 @@ class FrozenBackbone(keras.layers.Layer):
 
     def call(self, *args: Any, training: bool | None = None, **kwargs: Any) -> Any:
         args, kwargs = training_by_name(self, args, {"training": training, **kwargs})
-        if not self.trainable_weights or self.inference_mode == "always":
+        # By weight, as the model around it does: neither the wrapper's flag nor a layer's counts.
+        weights = self.backbone.weights
+        frozen = [weight for weight in weights if not weight.trainable]
+        if len(frozen) == len(weights) or self.inference_mode == "always":
             kwargs["training"] = False
-        # By weight and not by layer: single weights may be frozen in layers that train.
-        trainable = {id(weight) for weight in self.backbone.trainable_weights}
-        frozen = [weight for weight in self.backbone.weights if id(weight) not in trainable]
         with (
             # Again, for the `training=False` of the inner call: `call` may be called directly.
             call_context_kept(),
@@ -235,9 +245,79 @@ class FrozenBackbone(keras.layers.Layer):
         return []
 
     @property
-    def input_shape(self) -> Any:
-        """The backbone's input shape, if it has one: `keras.Sequential` reads it to build."""
-        return self.backbone.input_shape
+    def input(self) -> Any:
+        """The symbolic input of the first call, or the backbone's if there was none."""
+        return super().input if was_called(self) else self.backbone.input
+
+    @property
+    def output(self) -> Any:
+        """The symbolic output of the first call, which is one on the backbone's input if need be.
+
+        Not the backbone's own output: a model that is made of it would not hold the wrapper.
+        """
+        if not was_called(self):
+            self(self.backbone.input)
+        return super().output
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns what the backbone has of that name, which the wrapper lacks."""
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]  # Which layers have on torch.
+        except AttributeError:
+            pass
+        lacks = f"{type(self).__name__!r} object has no attribute {name!r}"
+        # Not what Keras keeps in a layer, nor, while one is unpickled, what is not there yet.
+        if name == "backbone" or name.startswith("_"):
+            raise AttributeError(lacks, name=name, obj=self)
+        if name in NOT_OF_A_LAYER:
+            lacks += f". As a layer it is not trained or saved by itself: see `backbone.{name}`."
+            raise AttributeError(lacks, name=name, obj=self)
+        backbone = self.backbone
+        try:
+            value = getattr(backbone, name)
+        except AttributeError as error:
+            of = f"the backbone {backbone.name!r} (of type {type(backbone).__name__})"
+            raise AttributeError(f"{lacks}, and nor has {of}.", name=name, obj=self) from error
+        if inspect.ismethod(value) and value.__self__ is backbone:
+            return self._leaving_frozen(value)
+        return self._symbolic(name, value)
+
+    def _leaving_frozen(self, method: Callable[..., Any]) -> Callable[..., Any]:
+        """A method of the backbone that does not unfreeze a frozen one, as `enable_lora` does."""
+
+        @functools.wraps(method)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return method(*args, **kwargs)
+            finally:
+                if not self.trainable:
+                    freezing.freeze(self.backbone)
+
+        return call
+
+    def _symbolic(self, name: str, value: Any) -> Any:
+        """An attribute of the backbone, with outputs of a wrapper for tensors of its graph."""
+        tensors = [x for x in keras.tree.flatten(value) if isinstance(x, keras.KerasTensor)]
+        if not tensors:
+            return value
+        around = _by_id(self.backbone.inputs, self.input)
+        if not all(id(x) in around for x in tensors):
+            around |= _by_id(self.backbone.outputs, self.output)
+        if not all(id(x) in around for x in tensors):
+            if name not in self._parts.calls:
+                self._parts.calls[name] = self._part(name, tensors)(self.input)
+            around = _by_id(tensors, self._parts.calls[name])
+        return keras.tree.map_structure(lambda x: around.get(id(x), x), value)
+
+    def _part(self, name: str, tensors: list[Any]) -> FrozenBackbone:
+        """A wrapper of the same layers that returns other tensors of the backbone's graph."""
+        model = keras.Model(self.backbone.inputs, tensors, name=f"{self.backbone.name}_{name}")
+        with freezing.trainable_flags_kept(self.backbone):
+            part = type(self)(model, inference_mode=self.inference_mode)
+        part.hand_frozen = self.hand_frozen
+        set_layer_flag(model, self.trainable)
+        set_layer_flag(part, self.trainable)
+        return part
 
     def unfreeze(
         self, layers: Selection = "all", *, train_batchnorm: bool = False
@@ -255,10 +335,11 @@ class FrozenBackbone(keras.layers.Layer):
         all of it was.
 
         Args:
-            layers: Which layers. `"all"`; an int n, the n layers nearest the output that have
-                weights to train; a regular expression that must match a layer's whole name (nested
-                layers are named `outer/inner`); a list of such names; or a function from a layer to
-                a bool. A selected layer brings the layers in it.
+            layers: Which layers. `"all"`; `"lora"`, only the weights that `enable_lora` of layers
+                or of a KerasHub backbone added; an int n, the n layers nearest the output that
+                have weights to train; a regular expression that must match a layer's whole name
+                (nested layers are named `outer/inner`); a list of such names; or a function from
+                a layer to a bool. A selected layer brings the layers in it.
             train_batchnorm: Bool. Whether selected BatchNormalization layers train their gamma and
                 beta. Their moving statistics stay constant either way.
 
@@ -385,7 +466,7 @@ class FrozenBackbone(keras.layers.Layer):
 
     def _to_save(self) -> _Saved:
         flags = None
-        if self.trainable_weights:
+        if any(weight.trainable for weight in self.backbone.weights):
             flags = dataclasses.asdict(freezing.get_trainable_flags(self.backbone))
         return _Saved(self.hand_frozen.to_config(self.backbone), flags)
 
@@ -421,6 +502,23 @@ class _Saved:
 
     hand_frozen: Any
     trainable_flags: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _Parts:
+    """What was returned for attributes that hold tensors of the backbone's graph, by their names.
+
+    As a dataclass, Keras does not track what is in it: those wrappers belong to whose graph they
+    are in.
+    """
+
+    calls: dict[str, Any]
+
+
+def _by_id(tensors: Any, others: Any) -> dict[int, Any]:
+    """The tensors that stand for others, by the ids of these."""
+    pairs = zip(keras.tree.flatten(tensors), keras.tree.flatten(others), strict=True)
+    return {id(tensor): other for tensor, other in pairs}
 
 
 def _is_wholly_built(layer: keras.Layer) -> bool:

@@ -37,6 +37,8 @@ class Run:
         callback: The callback, whose settings it reads.
         exactly: Bool. Whether in each stage just its layers train, or they join those before.
         last: The `Run` of the callback's `fit` before this one, if there was one.
+        entered: Bool. Whether the callback has put the model in a stage, so that a plain backbone
+            of which all trains is not one that nobody has frozen yet.
 
     Attributes:
         state: The `TrainingState`.
@@ -45,11 +47,19 @@ class Run:
         logged_epochs: Dictionary from names in the logs to the epochs in which they were logged.
     """
 
-    def __init__(self, callback: UnfreezeAtConvergence, *, exactly: bool, last: Run | None):
+    def __init__(
+        self,
+        callback: UnfreezeAtConvergence,
+        *,
+        exactly: bool,
+        last: Run | None,
+        entered: bool = False,
+    ):
         model = callback.model
         unset_initial_epoch(model)  # Of a fit that ended before its first epoch.
         self._callback = callback
         self._exactly = exactly
+        self._entered = entered
         # Once a run: the stack is walked for it, and Keras has no other way to see who is beside.
         self._beside = callbacks_beside(callback)
         self._position = self._beside.index(callback)
@@ -119,6 +129,7 @@ class Run:
             self._find_stage()
         if self.stage == 0:
             self._staged.check_renewable(self._callback.warmup_steps)
+            self._staged.check_frozen_stage()
         self._staged.try_switches(self.stage)
         self._optimizer_use = OptimizerUse(self._model)
         if self._callback.backup_dir is not None:
@@ -194,8 +205,10 @@ class Run:
     # Before the first step.
 
     def _freeze_untouched(self) -> None:
-        switched = self._model.optimizer is self.state.renewed_optimizer
-        if switched or not self._staged.freeze_untouched():
+        in_stage = self._model.optimizer is self.state.renewed_optimizer or (
+            self._entered and self._prepared and self._staged.stage() > 0
+        )
+        if in_stage or not self._staged.freeze_untouched():
             return
         message = f"UnfreezeAtConvergence froze {self._staged.names}, which was trainable."
         if keeps_no_optimizer(self._model):

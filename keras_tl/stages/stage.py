@@ -35,7 +35,8 @@ class Stage:
     last stage its `fine_tune_patience`.
 
     Args:
-        layers: Which layers of the backbone train; see `FrozenBackbone.unfreeze`.
+        layers: Which layers of the backbone train; see `FrozenBackbone.unfreeze`. In a schedule
+            with a stage `"lora"`, `"all"` selects also what `enable_lora` froze around LoRA.
         learning_rate: Float, `LearningRateSchedule` or callable, as an optimizer takes it; or a
             dictionary from names of layers to floats, such as `layerwise_learning_rates` returns.
             None: that of the callback's `optimizer`, or else `1e-5`.
@@ -294,7 +295,8 @@ def _shown(rate: LearningRate | None) -> str:
 
 def _layers_shown(layers: Selection) -> str:
     if isinstance(layers, str):
-        return "all layers" if layers == "all" else f'layers "{layers}"'
+        words = {"all": "all layers", "lora": "the LoRA weights"}
+        return words.get(layers, f'layers "{layers}"')
     if isinstance(layers, re.Pattern):
         return f'layers "{layers.pattern}"'
     if isinstance(layers, int):

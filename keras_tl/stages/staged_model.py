@@ -23,8 +23,8 @@ from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.stage import DEFAULT_RATE, Stage
 
 GO_ON = (
-    "To go on fine-tuning, freeze its BatchNormalization layers, compile with the low learning "
-    "rate and call `fit` without this callback."
+    "To go on fine-tuning, put the model back in its stage: call this callback's "
+    "`enter_stage(model, stage)` before `fit`."
 )
 
 
@@ -40,7 +40,7 @@ class StagedModel:
         exactly: Bool. Whether in each stage just its layers of the backbone train, or they join
             what trains already.
         backbone: A layer, model or list of layers of the model, names of these, or a function of
-            the model. None means each `FrozenBackbone`.
+            the model. None means each `FrozenBackbone`, or else `model.backbone`.
         optimizer: An optimizer to use instead of a copy of the compiled one.
 
     Raises:
@@ -68,7 +68,9 @@ class StagedModel:
         self._keeps_groups = self._has_groups_of_its_own(stages)
         has_rates = self._keeps_groups or optimizer is not None
         self._stages = list(stages) if has_rates else [_with_rate(stage) for stage in stages]
-        self.backbones = Backbones(model, backbone)
+        # A schedule that says "lora" means more than that by "all".
+        beyond_lora = any(stage.layers == "lora" for stage in stages)
+        self.backbones = Backbones(model, backbone, beyond_lora=beyond_lora)
         self.check_stages()
 
     @property
@@ -127,8 +129,22 @@ class StagedModel:
                 rate = None if isinstance(stage.learning_rate, Mapping) else stage.learning_rate
                 switching.renew_optimizer(self._model.optimizer, rate)
 
+    def check_frozen_stage(self) -> None:
+        """Raises a ValueError if nothing trains while the backbones are frozen."""
+        if is_built(self._model) and not self._model.trainable_weights:
+            raise ValueError(
+                f'Stage 0 would train nothing: in the model "{self._model.name}" nothing outside '
+                f"the backbone {self.names} has weights to train, as in a language model whose "
+                "output is its token embedding. Begin with stage 1: call this callback's "
+                "`enter_stage(model, 1)` before `fit`."
+            )
+
     def freeze_untouched(self) -> bool:
-        """Freezes a plain backbone that nobody has frozen yet. Returns whether there was one."""
+        """Freezes a plain backbone that nobody has frozen yet. Returns whether there was one.
+
+        Raises:
+            ValueError: If nothing is left to train in the model, which is then as it was.
+        """
         if not self.backbones.untouched() or self._fine_tuned():
             return False
         if self._compiled_for_fine_tuning():
@@ -141,6 +157,7 @@ class StagedModel:
             )
         with switching.all_or_nothing(self._model):
             self.backbones.freeze()
+            self.check_frozen_stage()
             if is_built(self._model):
                 switching.renew_training(self._model)
         return True
@@ -179,6 +196,14 @@ class StagedModel:
             if best is not None:
                 best.restore_stage()
             self._switch_to(number)
+
+    def enter_directly(self, number: int) -> None:
+        """Goes to a stage through those before it, wherever the model is, or changes nothing."""
+        with switching.all_or_nothing(self._model):
+            self.go_back()
+            switching.build_optimizer(self._model)
+            for one in range(1, number + 1):
+                self.enter(one)
 
     def _switch_to(self, number: int) -> None:
         stage = self._stages[number - 1]

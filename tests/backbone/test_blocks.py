@@ -67,6 +67,9 @@ def test_naming_schemes(names, blocks):
         (["blocks_0_attn_qkv", "blocks_0_mlp", "blocks_1_attn_qkv", "blocks_1_mlp"], 2),
         (["stages_0_blocks_0_a", "stages_0_blocks_0_b", "stages_1_blocks_0_a"], 2),
         (["layers_0_dense", "layers_10_dense"], 2),
+        (["blocks_0_layers_0_a", "blocks_0_layers_1_a", "blocks_1_a", "blocks_1_layers_0_a"], 2),
+        (["layer1_0_conv1", "layer1_0_conv2", "layer1_1_conv1", "layer2_0_conv1"], 3),
+        (["layer1_1_conv", "layer1_2_conv", "layer2_1_conv"], 2),  # No stages: none has a block 0.
     ],
 )
 def test_naming_schemes_in_the_plural(names, blocks):
@@ -143,6 +146,39 @@ def test_layer_that_holds_many_blocks_is_opened():
     assert Stage.by_depth(backbone, 2, 1e-4)[0].layers == [
         *("encoder/partb", "encoder/partc", "encoder/norm"),
     ]
+
+
+class ConvNorm(keras.layers.Layer):
+    """A convolution and its normalization, of which a stem has several."""
+
+    def build(self, input_shape):
+        self.dense = LAYERS.Dense(4)
+        self.dense.build(input_shape)
+        self.norm = LAYERS.BatchNormalization()
+        self.norm.build((*input_shape[:-1], 4))
+
+    def call(self, x):
+        return self.norm(self.dense(x))
+
+
+class Stem(keras.layers.Layer):
+    def build(self, input_shape):
+        self.parts = [ConvNorm(name=f"part{one}") for one in "ab"]
+        for part in self.parts:
+            part.build(input_shape)
+
+    def call(self, x):
+        return self.parts[1](self.parts[0](x))
+
+
+def test_a_stem_is_one_block_and_layers_that_are_blocks_are_so_in_a_stage_too():
+    inputs = keras.Input((5, 4))
+    x = Stem(name="stem")(inputs)
+    for name in ("block_0_0", "block_1_0", "block_1_1"):
+        x = Block(name=name)(x)
+    x = ConvNorm(name="block_2_0")(x)
+    blocks = ["stem", "block_0_0", "block_1_0", "block_1_1", "block_2"]
+    assert list(split_into_blocks(keras.Model(inputs, x))) == blocks
 
 
 @pytest.mark.parametrize(

@@ -79,3 +79,55 @@ def test_names_serve_wherever_a_backbone_is_taken():
     settings = {"epochs": 2, "max_frozen_epochs": 1, "verbose": 0}
     history = fine_tune(model, X, Y, backbone=lambda model: model.layers[0], **settings)
     assert history.history["stage"] == [0, 1]
+
+
+class Task(keras.Model):
+    """A model that says which of its layers is its backbone."""
+
+    def __init__(self, backbone, head=None):
+        super().__init__()
+        self.backbone = backbone
+        self.head = head or keras.layers.Dense(1)
+
+    def call(self, x):
+        return self.head(self.backbone(x))
+
+
+@pytest.mark.parametrize("kind", ["functional", "subclassed"])
+def test_finds_what_a_model_calls_its_backbone(kind):
+    base = build()[1]
+    if kind == "functional":
+        inputs = keras.Input((4,))
+        model = keras.Model(inputs, keras.layers.Dense(1)(base(inputs)))
+        model.backbone = base
+    else:
+        model = Task(base)
+        model(X)
+    assert Backbones(model, None).plain == [base]
+
+
+def test_prefers_a_wrapper_to_what_a_model_calls_its_backbone():
+    base, wrapper = build()[1], FrozenBackbone(build()[1])
+    backbones = Backbones(Task(base, wrapper), None)
+    assert (backbones.wrapped, backbones.plain) == ([wrapper], [])
+
+
+@pytest.mark.parametrize("backbone", ["a name", keras.layers.Dense, None])
+def test_a_backbone_that_is_no_layer_of_the_model_is_none(backbone):
+    model, _ = build()
+    model.backbone = backbone
+    with pytest.raises(ValueError, match="has no FrozenBackbone.*its attribute `backbone`"):
+        Backbones(model, None)
+
+
+@pytest.mark.eager
+def test_the_backbone_of_a_task_is_found_wherever_one_is_taken():
+    model, base = build()
+    model.backbone = base
+    base.trainable = False
+    model.compile("adam", "mse")
+    assert FeatureCache(model).head.input_shape == (None, 4)
+    with pytest.raises(ValueError, match="matches no layer of the backbone"):
+        find_learning_rate(model, X, Y, layers="nix")
+    settings = {"epochs": 2, "max_frozen_epochs": 1, "verbose": 0}
+    assert fine_tune(model, X, Y, **settings).history["stage"] == [0, 1]

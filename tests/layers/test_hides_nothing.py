@@ -1,5 +1,8 @@
 """Invariant 10: a wrapped backbone is, to all around it, as one that is nested plainly."""
 
+import copy
+import pickle
+
 import keras
 import numpy as np
 import pytest
@@ -475,3 +478,146 @@ def test_the_outputs_of_a_backbone_with_call_arguments_are_recorded(kind):
     through = trained(lambda model: model.fit(x, y, batch_size=8, shuffle=False, verbose=0))
     for one, other in zip(recorded, through):
         np.testing.assert_allclose(np.frombuffer(one, "f4"), np.frombuffer(other, "f4"), 1e-5)
+
+
+# What a task reads from a backbone.
+
+
+class Backbone(keras.Model):
+    """A backbone as KerasHub has it, with attributes and methods of its own."""
+
+    def __init__(self, **kwargs):
+        inputs = keras.Input((models.FEATURES,), name="images")
+        middle = keras.layers.Dense(3, name="middle")(inputs)
+        norm = keras.layers.BatchNormalization(name="norm")(middle)
+        outputs = keras.layers.Dense(2, name="last")(norm)
+        super().__init__(inputs, outputs, **kwargs)
+        self.image_shape = (models.FEATURES,)
+        self.pyramid_outputs = {"P1": norm, "P2": outputs, "text": "not a tensor"}
+        self.nothing_yet = None
+
+    def last(self, suffix):
+        return self.get_layer("last").name + suffix
+
+    def enable(self):
+        for layer in self.layers:
+            layer.trainable = True
+        return "done"
+
+    @property
+    def broken(self):
+        raise AttributeError("broken inside")
+
+
+def test_public_attributes_and_methods_of_the_backbone_are_the_wrappers_too():
+    base = Backbone()
+    wrapper = FrozenBackbone(base)
+    assert wrapper.image_shape == (models.FEATURES,)
+    assert wrapper.layers == base.layers
+    assert wrapper.last("!") == "last!"
+    assert wrapper.nothing_yet is None
+    assert wrapper.get_layer("norm") is base.get_layer("norm")
+    assert wrapper.input is base.input
+
+
+def test_what_the_wrapper_has_is_its_own():
+    base = Backbone(name="base")
+    base.inference_mode = base.hand_frozen = "the backbone's"
+    wrapper = FrozenBackbone(base)
+    wrapper.image_shape = "set"
+    assert (wrapper.inference_mode, wrapper.image_shape) == ("always", "set")
+    assert wrapper.hand_frozen != "the backbone's"
+    assert wrapper.name != "base"
+    assert base.image_shape == (models.FEATURES,)
+    assert wrapper.metrics == []
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nothing", "'FrozenBackbone'.*'nothing', and nor has the backbone 'base' .*Backbone"),
+        ("broken", "'broken', and nor has"),
+        ("_pruned", "'FrozenBackbone' object has no attribute '_pruned'$"),
+        ("fit", "'fit'. As a layer it is not trained or saved by itself: see `backbone.fit`"),
+        ("compiled", "see `backbone.compiled`"),
+        ("get_compile_config", "see `backbone.get_compile_config`"),
+    ],
+)
+def test_attributes_that_neither_has_or_that_no_layer_has(name, words):
+    wrapper = FrozenBackbone(compiled(Backbone(name="base"), None))
+    assert not hasattr(wrapper, name)
+    with pytest.raises(AttributeError, match=words):
+        getattr(wrapper, name)
+
+
+def test_a_wrapper_without_a_backbone_yet_has_no_attributes():
+    empty = object.__new__(FrozenBackbone)  # As while it is unpickled.
+    for name in ("backbone", "image_shape", "_anything"):
+        with pytest.raises(AttributeError):
+            getattr(empty, name)
+
+
+def test_copies_have_attributes_of_the_backbone():
+    wrapper = FrozenBackbone(models.functional(["dense"]))
+    for copied in (copy.deepcopy(wrapper), pickle.loads(pickle.dumps(wrapper))):
+        assert tuple(copied.input_shape) == wrapper.input_shape
+        assert copied.layers[1] is copied.backbone.layers[1]
+
+
+@pytest.mark.parametrize("of", ["output", "outputs", "pyramid_outputs"])
+@pytest.mark.eager
+def test_a_model_made_of_symbolic_tensors_holds_the_statistics(of):
+    base = Backbone()
+    wrapper = FrozenBackbone(base)
+    wrapper.unfreeze()
+    tensors = getattr(wrapper, of)
+    if of == "pyramid_outputs":
+        assert tensors["text"] == "not a tensor"
+        assert wrapper.pyramid_outputs["P1"] is tensors["P1"]
+        tensors = [tensors["P1"], tensors["P2"]]
+    tensors = keras.tree.flatten(tensors)
+    head = keras.layers.Dense(1)(keras.layers.Concatenate()([*tensors, *tensors]))
+    model = keras.Model(wrapper.input, head)
+    x, y = regression_data()
+    statistics, kernel = as_bytes(base.non_trainable_weights), as_bytes([base.weights[0]])
+
+    model.compile(keras.optimizers.SGD(0.1), "mse")
+    model.fit(x, y, verbose=0)
+
+    assert len(statistics) == 4  # Of BatchNormalization, whose gamma and beta stay frozen.
+    assert as_bytes(base.non_trainable_weights) == statistics
+    assert as_bytes([base.weights[0]]) != kernel
+    found = keras.Model(wrapper.input, tensors[-1])(x)
+    assert bytes_of(found) == bytes_of(base(x, training=False))
+
+
+def test_symbolic_tensors_after_the_first_call_are_those_of_the_call():
+    wrapper = FrozenBackbone(Backbone())
+    inputs = keras.Input((models.FEATURES,), name="others")
+    outputs = wrapper(inputs)
+    assert wrapper.input is inputs
+    assert wrapper.output is outputs
+    assert wrapper.inputs == [inputs]
+    assert wrapper.outputs == [outputs]
+    assert keras.Model(inputs, wrapper.pyramid_outputs["P1"]).inputs == [inputs]
+
+
+def test_a_part_of_the_graph_follows_the_flags_of_the_wrapper():
+    base = Backbone()
+    wrapper = FrozenBackbone(base)
+    model = keras.Model(wrapper.input, wrapper.pyramid_outputs["P1"])
+    assert model.trainable_weights == []
+    wrapper.unfreeze("middle")
+    assert [w.path.split("/")[-2] for w in model.trainable_weights] == ["middle"] * 2
+    found = gradients(model, regression_data()[0], base.get_layer("middle").weights)
+    assert all(np.abs(one).max() > 0 for one in arrays(found))
+
+
+def test_a_method_of_the_backbone_does_not_unfreeze_a_frozen_wrapper():
+    base = Backbone()
+    wrapper = FrozenBackbone(base)
+    assert wrapper.enable() == "done"
+    assert base.trainable_weights == []
+    wrapper.unfreeze("last")
+    wrapper.enable()
+    assert len(base.trainable_weights) == 6
