@@ -78,8 +78,10 @@ def fine_tune(
         epochs: Int. The maximum number of epochs, of both stages. Defaults to `100`.
         learning_rate: The learning rate of fine-tuning: a float, `LearningRateSchedule` or
             callable; or a dictionary from names of layers to floats, such as
-            `layerwise_learning_rates` returns. Defaults to `None`: that of `optimizer`, those of
-            the model's own `GroupOptimizer`, or else `1e-5`.
+            `layerwise_learning_rates` returns. Or `"auto"`, which finds it: fine-tuning starts at
+            the default rate of the optimizer's class, and goes down by thirds, each time from the
+            best weights so far; see `UnfreezeAtConvergence`. Defaults to `None`: that of
+            `optimizer`, those of the model's own `GroupOptimizer`, or else `1e-5`.
         backbone: The layer, model or list of layers to unfreeze, their names, or a function of the
             model that returns them. Defaults to every `FrozenBackbone` in the model.
         monitor: String. The quantity in the logs to judge convergence by. Defaults to `None`:

@@ -76,6 +76,7 @@ class Run:
             start_from_epoch=callback.start_from_epoch,
             max_frozen_epochs=callback.max_frozen_epochs,
             fine_tune_patience=callback.fine_tune_patience,
+            first_annealed=self._staged.first_annealed,
         )
         self._rates = RateWatch(self._beside)
         self.state = TrainingState(
@@ -224,7 +225,10 @@ class Run:
     def _switch(self, epoch: int, reason: str) -> None:
         why = self._decisions.explained(self.state.progress, reason)
         transition = self.state.switch(epoch, reason)
-        what = f"begins stage {self.stage} of" if self._exactly else "unfreezes"
+        if self.stage > self._staged.first_annealed:
+            what = "goes back to the best weights, and to a third of the learning rate, for"
+        else:
+            what = f"begins stage {self.stage} of" if self._exactly else "unfreezes"
         block = transition.describe(
             f"{what} {self._staged.names}", why, self._decisions.what_next(self.stage)
         )
@@ -288,7 +292,7 @@ class Run:
                 seen=self._decisions.monitored.seen,
             )
             warnings.warn(message, stacklevel=4)
-        elif progress.stage < stages:
+        elif progress.stage < stages and progress.stop_reason is None:
             self._say(
                 f"UnfreezeAtConvergence: training ended in stage {progress.stage} of {stages}. "
                 "Pass more `epochs` to `fit` for the others."
