@@ -106,7 +106,7 @@ def fine_tune(
             `FreezeGuard` among them replaces the one that is added otherwise, after all others.
         verbose: `"auto"`, 0, 1, or 2, as in `fit`.
         **unfreezing: Further arguments of `UnfreezeAtConvergence`, such as `layers`, `stages`,
-            `max_frozen_epochs`, `head_learning_rate` or `warmup_steps`.
+            `max_frozen_epochs`, `head_learning_rate`, `warmup_steps` or `interpolate`.
 
     Returns:
         One `History` of all epochs, with `stage` and `learning_rate`.
@@ -207,7 +207,7 @@ def fine_tune(
         shuffle=shuffle,
         class_weight=class_weight,
     )
-    fits.end()
+    fits.end(validation_data=validation_data)
     return fits.history
 
 

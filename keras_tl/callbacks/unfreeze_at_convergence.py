@@ -15,6 +15,7 @@ import keras
 from keras_tl.arguments import check_can_be_set, check_count, check_min_delta, check_monitor
 from keras_tl.backbone.model_backbones import BackboneOf, names_of_layers
 from keras_tl.backbone.selecting import Selection
+from keras_tl.interpolation import check_fraction
 from keras_tl.messages import html_table
 from keras_tl.optimizers.learning_rates import LearningRate
 from keras_tl.stages import switching
@@ -104,6 +105,12 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         restore_best_weights: Bool. Whether the best weights of a stage are restored before the
             next, and those of the whole run at its end. Values are compared across a switch after
             adding what regularizers of the unfrozen layers put on the loss. Defaults to `True`.
+        interpolate: Float from 0 to 1, or None. How far from the weights that fine-tuning starts
+            from (the head's best on the frozen backbone) to the best of the run the final weights
+            are: between them, a model is often better on data from elsewhere, and a little worse on
+            its own. It needs `restore_best_weights`, and moving statistics that stay constant. The
+            monitored value of before and after is reported, where `fit` has validation data that
+            can be read again. See `interpolate_weights`. Defaults to `None`: the best weights.
         backup_dir: String or path. A folder in which the whole state of the run is kept after each
             epoch: weights, optimizer, stage, counters, best weights. The same `fit`, started again
             after it was interrupted or killed, resumes with the next epoch. Weights and
@@ -185,6 +192,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         warmup_steps: int | None = None,
         fine_tune_patience: int | None = 3,
         restore_best_weights: bool = True,
+        interpolate: float | None = None,
         backup_dir: str | os.PathLike[str] | None = None,
         delete_checkpoint: bool = True,
         verbose: int = 1,
@@ -214,6 +222,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.head_learning_rate = head_learning_rate
         self.fine_tune_patience = fine_tune_patience
         self.restore_best_weights = restore_best_weights
+        self.interpolate = (
+            None if interpolate is None else check_fraction(interpolate, "interpolate")
+        )
+        if interpolate is not None and not restore_best_weights:
+            raise ValueError(
+                "`interpolate` is between the best weights, so it needs `restore_best_weights`. "
+                f"Received: interpolate={interpolate!r}, restore_best_weights=False."
+            )
         # Of a relative path, a `chdir` would make another folder.
         self.backup_dir = None if backup_dir is None else os.path.abspath(backup_dir)
         self.delete_checkpoint = delete_checkpoint
