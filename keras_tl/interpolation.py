@@ -42,7 +42,7 @@ def interpolate_weights(
 
     >>> model = keras.Sequential([keras.Input((2,)), keras.layers.Dense(1)])
     >>> start = model.get_weights()
-    >>> model.layers[0].bias.assign([2.0])
+    >>> _ = model.layers[0].bias.assign([2.0])
     >>> interpolate_weights(model, start, model, 0.25)
     >>> float(model.layers[0].bias[0])
     0.5

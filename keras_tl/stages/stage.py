@@ -219,8 +219,8 @@ class Stage:
 def _check_auto(learning_rate: str, head_learning_rate: Any) -> None:
     if not is_auto(learning_rate):
         raise ValueError(
-            f'`learning_rate` must be "{AUTO}", a finite number above 0, a `LearningRateSchedule`, '
-            "a callable without arguments, or a dictionary from names of layers to numbers. "
+            "`learning_rate` must be a finite number above 0, a `LearningRateSchedule`, a callable "
+            f'without arguments, a dictionary from names of layers to numbers, or "{AUTO}". '
             f"Received: learning_rate={learning_rate!r}."
         )
     if head_learning_rate is not None:
