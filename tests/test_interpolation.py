@@ -89,7 +89,7 @@ def test_integers_are_those_of_the_end():
             return x * self.scale[0]
 
     model = keras.Sequential([keras.Input((2,)), Counting()])
-    interpolate_weights(model, [np.zeros(2, "int32"), np.zeros(2)], [np.full(2, 5), np.ones(2)])
+    interpolate_weights(model, [np.zeros(2), np.zeros(2, "int32")], [np.ones(2), np.full(2, 5)])
     values = {value.dtype.kind: value.tolist() for value in model.get_weights()}
     assert values == {"i": [5, 5], "f": [0.5, 0.5]}
 
