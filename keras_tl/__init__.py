@@ -10,6 +10,7 @@ from keras_tl.errors import (
 from keras_tl.features import FeatureCache
 from keras_tl.fine_tuning import fine_tune
 from keras_tl.internals.checked import UnsupportedKerasError
+from keras_tl.interpolation import interpolate_weights
 from keras_tl.layers import FrozenBackbone
 from keras_tl.learning_rate_finder import LearningRateRange, find_learning_rate
 from keras_tl.optimizers import GroupOptimizer
@@ -42,6 +43,7 @@ __all__ = [
     "__version__",
     "find_learning_rate",
     "fine_tune",
+    "interpolate_weights",
     "layerwise_learning_rates",
     "plot_stages",
     "plot_trainable",

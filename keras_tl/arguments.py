@@ -82,7 +82,8 @@ def check_can_be_set(what: str, *rates: Any) -> None:
             rate = without_loss_scale(rate).get_config()["learning_rate"]
             numbers = isinstance(rate, float)
         else:
-            numbers = rate is None or isinstance(rate, (float, Mapping))
+            # A name stands for numbers that are found later.
+            numbers = rate is None or isinstance(rate, (float, Mapping, str))
         if not numbers:
             raise ValueError(
                 f"`{what}` needs learning rates that are numbers; a schedule or a function sets "

@@ -78,8 +78,10 @@ def fine_tune(
         epochs: Int. The maximum number of epochs, of both stages. Defaults to `100`.
         learning_rate: The learning rate of fine-tuning: a float, `LearningRateSchedule` or
             callable; or a dictionary from names of layers to floats, such as
-            `layerwise_learning_rates` returns. Defaults to `None`: that of `optimizer`, those of
-            the model's own `GroupOptimizer`, or else `1e-5`.
+            `layerwise_learning_rates` returns. Or `"auto"`, which finds it: fine-tuning starts at
+            the default rate of the optimizer's class, and goes down by thirds, each time from the
+            best weights so far; see `UnfreezeAtConvergence`. Defaults to `None`: that of
+            `optimizer`, those of the model's own `GroupOptimizer`, or else `1e-5`.
         backbone: The layer, model or list of layers to unfreeze, their names, or a function of the
             model that returns them. Defaults to every `FrozenBackbone` in the model, or else its
             attribute `backbone`.
@@ -105,7 +107,7 @@ def fine_tune(
             `FreezeGuard` among them replaces the one that is added otherwise, after all others.
         verbose: `"auto"`, 0, 1, or 2, as in `fit`.
         **unfreezing: Further arguments of `UnfreezeAtConvergence`, such as `layers`, `stages`,
-            `max_frozen_epochs`, `head_learning_rate` or `warmup_steps`.
+            `max_frozen_epochs`, `head_learning_rate`, `warmup_steps` or `interpolate`.
 
     Returns:
         One `History` of all epochs, with `stage` and `learning_rate`.
@@ -206,7 +208,7 @@ def fine_tune(
         shuffle=shuffle,
         class_weight=class_weight,
     )
-    fits.end()
+    fits.end(validation_data=validation_data)
     return fits.history
 
 

@@ -16,9 +16,11 @@ import keras
 from keras_tl.arguments import check_can_be_set, check_count, check_min_delta, check_monitor
 from keras_tl.backbone.model_backbones import BackboneOf, names_of_layers
 from keras_tl.backbone.selecting import Selection, is_built
+from keras_tl.interpolation import check_fraction
 from keras_tl.messages import html_table
 from keras_tl.optimizers.learning_rates import LearningRate
 from keras_tl.stages import switching
+from keras_tl.stages.annealing import AUTO, WARMUP_STEPS, is_auto
 from keras_tl.stages.run import Run
 from keras_tl.stages.stage import Stage, check_one_rate, check_stages
 from keras_tl.stages.staged_model import StagedModel
@@ -61,8 +63,12 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     Args:
         learning_rate: Float, `LearningRateSchedule` or callable, as an optimizer takes it; or a
             dictionary from names of layers to floats, such as `layerwise_learning_rates` returns.
-            The learning rate of stage 1. Defaults to `None`: that of `optimizer`, those of the
-            model's own `GroupOptimizer`, or else `1e-5`.
+            The learning rate of stage 1. Or `"auto"`, which finds it: stage 1 has the default rate
+            of the optimizer's class (1e-3 of Adam), and each stage after it a third of the one
+            before (down to 1e-5), from the best weights so far. So a rate that only hurts costs its
+            epochs and nothing else. Each has `fine_tune_patience`. Once a rate has helped, training
+            stops with the first lower one that does not. Defaults to `None`: that of `optimizer`,
+            those of the model's own `GroupOptimizer`, or else `1e-5`.
         backbone: The layer, model or list of layers to unfreeze; their names in the model (of
             nested ones `outer/inner`); or a function of the model that returns them. Names and
             functions also serve where the model is made later, as in a KerasTuner search. Defaults
@@ -96,12 +102,20 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             with `stages`, `learning_rate_backbone_1` and so on, for what joined in each).
             Defaults to `None`: one new optimizer with `learning_rate` for all.
         warmup_steps: Int. Steps after a switch in which the learning rate of what is new rises
-            linearly from zero to the stage's. Defaults to `0`.
+            linearly from zero to the stage's. Defaults to `None`: 30 with `learning_rate="auto"`,
+            or else none.
         fine_tune_patience: Int or None. Epochs without improvement in the last stage after which
-            training stops. None trains to the last epoch. Defaults to `3`.
+            training stops. None trains to the last epoch. With `learning_rate="auto"`, that many
+            after which a rate is given up. Defaults to `3`.
         restore_best_weights: Bool. Whether the best weights of a stage are restored before the
             next, and those of the whole run at its end. Values are compared across a switch after
             adding what regularizers of the unfrozen layers put on the loss. Defaults to `True`.
+        interpolate: Float from 0 to 1, or None. How far from the weights that fine-tuning starts
+            from (the head's best on the frozen backbone) to the best of the run the final weights
+            are: between them, a model is often better on data from elsewhere, and a little worse on
+            its own. It needs `restore_best_weights`, and moving statistics that stay constant. The
+            monitored value of before and after is reported, where `fit` has validation data that
+            can be read again. See `interpolate_weights`. Defaults to `None`: the best weights.
         backup_dir: String or path. A folder in which the whole state of the run is kept after each
             epoch: weights, optimizer, stage, counters, best weights. The same `fit`, started again
             after it was interrupted or killed, resumes with the next epoch. Weights and
@@ -166,7 +180,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
 
     def __init__(
         self,
-        learning_rate: LearningRate | Mapping[str, float] | None = None,
+        learning_rate: LearningRate | Mapping[str, float] | str | None = None,
         *,
         backbone: BackboneOf | None = None,
         layers: Selection = "all",
@@ -180,15 +194,17 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         max_frozen_epochs: int | None = None,
         optimizer: keras.Optimizer | None = None,
         head_learning_rate: LearningRate | None = None,
-        warmup_steps: int = 0,
+        warmup_steps: int | None = None,
         fine_tune_patience: int | None = 3,
         restore_best_weights: bool = True,
+        interpolate: float | None = None,
         backup_dir: str | os.PathLike[str] | None = None,
         delete_checkpoint: bool = True,
         verbose: int = 1,
     ):
         super().__init__()
-        check_count("warmup_steps", warmup_steps)
+        if warmup_steps is not None:
+            check_count("warmup_steps", warmup_steps)
         check_monitor(monitor, mode)
         check_min_delta(min_delta)
         check_count("patience", patience)
@@ -209,9 +225,16 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         self.max_frozen_epochs = max_frozen_epochs
         self.optimizer = optimizer
         self.head_learning_rate = head_learning_rate
-        self.warmup_steps = warmup_steps
         self.fine_tune_patience = fine_tune_patience
         self.restore_best_weights = restore_best_weights
+        self.interpolate = (
+            None if interpolate is None else check_fraction(interpolate, "interpolate")
+        )
+        if interpolate is not None and not restore_best_weights:
+            raise ValueError(
+                "`interpolate` is between the best weights, so it needs `restore_best_weights`. "
+                f"Received: interpolate={interpolate!r}, restore_best_weights=False."
+            )
         # Of a relative path, a `chdir` would make another folder.
         self.backup_dir = None if backup_dir is None else os.path.abspath(backup_dir)
         self.delete_checkpoint = delete_checkpoint
@@ -225,8 +248,32 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if optimizer is not None:
             switching.check_fresh(optimizer)
             check_one_rate(learning_rate, optimizer)
+        auto = is_auto(self.stages[-1].learning_rate)
+        if auto:
+            self._check_auto()
+        if warmup_steps is None:
+            warmup_steps = WARMUP_STEPS if auto else 0
+        self.warmup_steps = warmup_steps
         if warmup_steps:
             check_can_be_set("warmup_steps", *[one.learning_rate for one in self.stages], optimizer)
+
+    def _check_auto(self) -> None:
+        needed = {
+            "restore_best_weights": (self.restore_best_weights, "each rate starts from these"),
+            "fine_tune_patience": (self._last_ends, "it says when a rate is given up"),
+        }
+        for argument, (given, why) in needed.items():
+            if not given:
+                raise ValueError(
+                    f'`learning_rate="{AUTO}"` needs `{argument}`: {why}. '
+                    f"Received: {argument}={getattr(self, argument)!r}."
+                )
+
+    @property
+    def _last_ends(self) -> bool:
+        last = self.stages[-1]
+        limits = (self.fine_tune_patience, last.patience, last.epochs)
+        return any(limit is not None for limit in limits)
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Has the hook of a subclass do what ours does, whether or not it calls `super()`."""

@@ -112,6 +112,32 @@ def averages_of_all(optimizer: Any) -> list[keras.Variable] | None:
 
 
 @checked(SINCE_3_15)
+def can_take_state(old: Any, new: Any, weights: Sequence[keras.Variable]) -> bool:
+    """Whether an optimizer is another but for the values of its variables.
+
+    Args:
+        old: The built optimizer that a train step was made for.
+        new: The other one, built for the same weights.
+        weights: List of these weights.
+    """
+    inner, other = without_loss_scale(old), without_loss_scale(new)
+    if not old.built or [id(one) for one in optimizer_weights(old) or ()] != [
+        id(one) for one in weights
+    ]:
+        return False
+    # An optimizer of one's own may keep state elsewhere; averages know when they have started.
+    simple = type(inner).__module__.startswith("keras.") and not moving_averages(inner)
+    several = isinstance(inner, keras.optimizers.MultiOptimizer)
+    if not simple or several or type(inner) is not type(other):
+        return False
+    ours, theirs = optimizer_config(inner), optimizer_config(other)
+    changing = ("learning_rate", "name")
+    same = all(ours[key] == theirs.get(key) for key in ours if key not in changing)
+    return same and [tuple(one.shape) for one in old.variables] == [
+        tuple(one.shape) for one in new.variables
+    ]
+
+
 def continue_averages(old: Any, new: Any) -> None:
     """Has a new optimizer continue the averages that an old one keeps of the same weights.
 

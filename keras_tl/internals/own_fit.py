@@ -97,6 +97,7 @@ def handed_on(model: keras.Model, **arguments: Any) -> dict[str, Any]:
             calls.append(call.arguments)
             return history
 
+        @checked(SINCE_3_15)
         def _assert_compile_called(self, method_name: str | None = None) -> None:
             # With this Keras' `fit` begins, also one that is not called through `super()`.
             if method_name == "fit":

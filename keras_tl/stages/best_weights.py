@@ -33,6 +33,11 @@ class Snapshot:
         self._copies = [(weight, on_host(weight)) for weight in weights]
 
     @property
+    def copies(self) -> list[tuple[keras.Variable, np.ndarray]]:
+        """List of pairs of a weight and its copy."""
+        return self._copies
+
+    @property
     def nbytes(self) -> int:
         """Int. The number of bytes copied."""
         return sum(copy.nbytes for _, copy in self._copies)
@@ -91,6 +96,7 @@ class BestWeights:
         self._mode = mode
         self._stage: Snapshot | None = None
         self._run: Snapshot | None = None
+        self._start: Snapshot | None = None
         self.value: float | None = None
         self.epoch: int | None = None
         self.measured: float | None = None
@@ -132,6 +138,19 @@ class BestWeights:
             self._run = self._run.extended(weights)
             self.value += value_offset
 
+    def keep_start(self, weights: Iterable[keras.Variable]) -> None:
+        """Keeps the weights that fine-tuning starts from; later ones as they are when they join.
+
+        Args:
+            weights: The weights that can change from now on.
+        """
+        self._start = Snapshot(weights) if self._start is None else self._start.extended(weights)
+
+    @property
+    def start(self) -> Snapshot | None:
+        """`Snapshot` of the weights that fine-tuning has started from, if they are kept."""
+        return self._start
+
     def get_state(
         self, variables: Sequence[keras.Variable]
     ) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
@@ -141,7 +160,7 @@ class BestWeights:
             variables: Those of the model, by whose positions weights are told.
         """
         same = self._stage is self._run
-        kept = {"run": self._run, "stage": None if same else self._stage}
+        kept = {"run": self._run, "stage": None if same else self._stage, "start": self._start}
         positions, arrays = {}, {}
         for name, snapshot in kept.items():
             if snapshot is not None:
@@ -160,10 +179,10 @@ class BestWeights:
         self.measured = state["measured"]
         kept = {
             name: Snapshot.from_state(state[name], arrays[f"best_of_{name}"], variables)
-            for name in ("run", "stage")
+            for name in ("run", "stage", "start")
             if name in state
         }
-        self._run = kept.get("run")
+        self._run, self._start = kept.get("run"), kept.get("start")
         self._stage = self._run if state["same"] else kept.get("stage")
 
     def _beats(self, value: float, best: float | None) -> bool:

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_tl.stages.annealing import brings_nothing, only_hurts
 from keras_tl.stages.convergence import ConvergenceMonitor
 from keras_tl.stages.monitored_value import MonitoredValue
 from keras_tl.stages.progress import Progress
@@ -28,6 +29,9 @@ class Decisions:
         max_frozen_epochs: Int or None. Epochs after which stage 0 ends at the latest.
         fine_tune_patience: Int or None. The patience of the last stage, if it has no limit of its
             own. None: it lasts to the last epoch. Defaults to `3`.
+        first_annealed: Int or None. The number of the first of the stages that try one learning
+            rate each, which are the last ones, and all have the patience of the last. None: there
+            are none.
 
     Example:
 
@@ -49,6 +53,7 @@ class Decisions:
         start_from_epoch: int = 0,
         max_frozen_epochs: int | None = None,
         fine_tune_patience: int | None = 3,
+        first_annealed: int | None = None,
     ):
         self.monitored = monitored
         self._stages = stages
@@ -57,6 +62,7 @@ class Decisions:
         self._start_from_epoch = start_from_epoch
         self._max_frozen_epochs = max_frozen_epochs
         self._fine_tune_patience = fine_tune_patience
+        self._first_annealed = len(stages) + 1 if first_annealed is None else first_annealed
 
     def limits(self, stage: int) -> tuple[int | None, int | None]:
         """Returns after how many epochs without improvement, and of all, a stage ends."""
@@ -65,7 +71,8 @@ class Decisions:
         own = self._stages[stage - 1]
         if own.patience is not None or own.epochs is not None:
             return own.patience, own.epochs
-        return (self._fine_tune_patience if self._is_last(stage) else self._patience), None
+        of_the_last = stage >= min(self._first_annealed, len(self._stages))
+        return (self._fine_tune_patience if of_the_last else self._patience), None
 
     def new_judge(self, stage: int) -> ConvergenceMonitor:
         """Returns a judge of a stage's convergence that has seen nothing yet."""
@@ -106,12 +113,29 @@ class Decisions:
         ended = self._why_ended(progress, epoch, value)
         # Stage 0 is as any other `fit`, which EarlyStopping or TerminateOnNaN may stop.
         if progress.stage > 0 and value is not None and not math.isfinite(value):
-            progress.stop_reason = _stopped(epoch, f"{self.monitored.name} is {value}")
+            if self._has_lower_rate(progress):
+                progress.switch_reason = "diverged"
+            else:
+                progress.stop_reason = _stopped(epoch, f"{self.monitored.name} is {value}")
         elif not self._is_last(progress.stage):
-            progress.switch_reason = ended or ("early_stopping" if stopped_early else None)
+            ended = ended or ("early_stopping" if stopped_early else None)
+            self._end_stage(progress, epoch, ended)
         elif ended is not None:
             progress.stop_reason = _stopped(epoch, self.explained(progress, ended))
         return value
+
+    def _end_stage(self, progress: Progress, epoch: int, ended: str | None) -> None:
+        if ended is not None and progress.stage >= self._first_annealed:
+            if brings_nothing(progress, self._first_annealed):
+                why = f"{self.explained(progress, ended)}, and a lower learning rate has not helped"
+                progress.stop_reason = _stopped(epoch, why)
+                return
+            if only_hurts(progress, self._first_annealed):
+                ended = "not_improved"
+        progress.switch_reason = ended
+
+    def _has_lower_rate(self, progress: Progress) -> bool:
+        return self._first_annealed <= progress.stage < len(self._stages)
 
     def explained(self, progress: Progress, reason: str) -> str:
         """Returns for the user why the current stage ends."""
@@ -122,7 +146,9 @@ class Decisions:
 
     def what_next(self, stage: int) -> str:
         """Returns for the user what will end a stage, and what comes then."""
-        return what_next(self.monitored.name, *self.limits(stage), last=self._is_last(stage))
+        lower = self._first_annealed <= stage and not self._is_last(stage)
+        limits = self.limits(stage)
+        return what_next(self.monitored.name, *limits, last=self._is_last(stage), lower=lower)
 
     def _why_ended(self, progress: Progress, epoch: int, value: float | None) -> str | None:
         patience, epochs = self.limits(progress.stage)

@@ -98,8 +98,12 @@ class JointFits(keras.callbacks.CallbackList):
         trainer.history = self.history  # Which `fit` returns.
         trainer.fit(*data, callbacks=self, initial_epoch=self._epoch, **self._settings, **settings)
 
-    def end(self) -> None:
-        """Calls `on_train_end` of the callbacks."""
+    def end(self, *, validation_data: Any = None) -> None:
+        """Calls `on_train_end` of the callbacks.
+
+        Args:
+            validation_data: As for `begin`, and for the same reason.
+        """
         super().on_train_end()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:

@@ -146,7 +146,7 @@ def _check_best(
     read(best, "measured", float, type(None))
     if read(best, "same", bool) and "stage" in best:
         raise ValueError("its best weights of the stage are those of the run, and others.")
-    for name in ("run", "stage"):
+    for name in ("run", "stage", "start"):
         if name in best:
             kept = arrays.get(f"best_of_{name}", [])
             positions = read(best, name, list)

@@ -13,7 +13,14 @@ from keras_tl.internals.models import keeps_no_optimizer, unset_initial_epoch
 from keras_tl.messages import say
 from keras_tl.optimizers.groups import learning_rate_of
 from keras_tl.stages import early_stops, observers, tensorboard
+from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.deciding import Decisions
+from keras_tl.stages.interpolating import (
+    check_statistics,
+    interpolate_from_start,
+    validated,
+    why_not_interpolated,
+)
 from keras_tl.stages.kept_run import KeptRun, folder_of_trial
 from keras_tl.stages.monitored_value import MonitoredValue
 from keras_tl.stages.neighbours import check_neighbours
@@ -86,6 +93,7 @@ class Run:
             start_from_epoch=callback.start_from_epoch,
             max_frozen_epochs=callback.max_frozen_epochs,
             fine_tune_patience=callback.fine_tune_patience,
+            first_annealed=self._staged.first_annealed,
         )
         self._rates = RateWatch(self._beside)
         self.state = TrainingState(
@@ -94,6 +102,7 @@ class Run:
             self._decisions,
             self._rates,
             warmup_steps=callback.warmup_steps,
+            keeps_start=callback.interpolate is not None,
         )
         if last is not None:
             last.state.finish_warm_up()  # Of a fit that was interrupted.
@@ -230,6 +239,8 @@ class Run:
 
     def _find_stage(self) -> None:
         """Goes on in the stage that the model is in, as one loaded from it."""
+        if self._callback.interpolate is not None:
+            check_statistics(self._model)
         self.state.begin_stage(self._staged.stage())
 
     # The switch.
@@ -237,7 +248,10 @@ class Run:
     def _switch(self, epoch: int, reason: str) -> None:
         why = self._decisions.explained(self.state.progress, reason)
         transition = self.state.switch(epoch, reason)
-        what = f"begins stage {self.stage} of" if self._exactly else "unfreezes"
+        if self.stage > self._staged.first_annealed:
+            what = "goes back to the best weights, and to a third of the learning rate, for"
+        else:
+            what = f"begins stage {self.stage} of" if self._exactly else "unfreezes"
         block = transition.describe(
             f"{what} {self._staged.names}", why, self._decisions.what_next(self.stage)
         )
@@ -269,8 +283,26 @@ class Run:
             "UnfreezeAtConvergence restored the best weights, of epoch "
             f"{best.epoch + 1}: {self._callback.monitor} {best.measured:.4g}."
         )
+        if self._callback.interpolate is not None:
+            self._interpolate(best, self._callback.interpolate)
         # A copy of the model's weights, which would stay in memory with the callback.
         self.state.progress.best = None
+
+    def _interpolate(self, best: BestWeights, fraction: float) -> None:
+        model, monitor = self._model, self._callback.monitor
+        why_not = why_not_interpolated(model, best)
+        if why_not:
+            warnings.warn(f"UnfreezeAtConvergence did not interpolate: {why_not}", stacklevel=5)
+            return
+        data = data_of_fit(self._callback)
+        before = validated(model, data, monitor)
+        interpolate_from_start(best, fraction)
+        after = None if before is None else validated(model, data, monitor)
+        effect = "" if after is None else f": {monitor} {before:.4g} -> {after:.4g}"
+        self._say(
+            f"UnfreezeAtConvergence interpolated, {fraction:.4g} of the way from the head's best "
+            f"weights to these{effect}."
+        )
 
     # Messages.
 
@@ -301,7 +333,7 @@ class Run:
                 seen=self._decisions.monitored.seen,
             )
             warnings.warn(message, stacklevel=4)
-        elif progress.stage < stages:
+        elif progress.stage < stages and progress.stop_reason is None:
             self._say(
                 f"UnfreezeAtConvergence: training ended in stage {progress.stage} of {stages}. "
                 "Pass more `epochs` to `fit` for the others."

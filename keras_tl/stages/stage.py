@@ -18,6 +18,7 @@ from keras_tl.optimizers.learning_rates import (
     LayerwiseLearningRates,
     LearningRate,
 )
+from keras_tl.stages.annealing import AUTO, is_auto
 
 DEFAULT_RATE = 1e-5
 
@@ -39,7 +40,8 @@ class Stage:
             with a stage `"lora"`, `"all"` selects also what `enable_lora` froze around LoRA.
         learning_rate: Float, `LearningRateSchedule` or callable, as an optimizer takes it; or a
             dictionary from names of layers to floats, such as `layerwise_learning_rates` returns.
-            None: that of the callback's `optimizer`, or else `1e-5`.
+            None: that of the callback's `optimizer`, or else `1e-5`. `"auto"`, in the last stage
+            of a schedule: several stages at falling rates; see `UnfreezeAtConvergence`.
         head_learning_rate: Float, `LearningRateSchedule` or callable. If given, the head keeps its
             optimizer's state and gets this rate, layers that trained in the stage before keep
             their state and rate, and layers that join get `learning_rate` in a new parameter group.
@@ -69,7 +71,7 @@ class Stage:
     """
 
     layers: Selection
-    learning_rate: LearningRate | Mapping[str, float] | None
+    learning_rate: LearningRate | Mapping[str, float] | str | None
     _: dataclasses.KW_ONLY
     head_learning_rate: LearningRate | None = None
     patience: int | None = None
@@ -84,6 +86,8 @@ class Stage:
             # Those by `layerwise_learning_rates` know their backbone, and are floats already.
             if not isinstance(rate, LayerwiseLearningRates):
                 object.__setattr__(self, "learning_rate", rates)
+        elif isinstance(rate, str):
+            _check_auto(rate, self.head_learning_rate)
         elif rate is not None:
             object.__setattr__(self, "learning_rate", check_learning_rate(rate))
         if self.head_learning_rate is not None:
@@ -213,6 +217,21 @@ class Stage:
         return ", ".join(parts)
 
 
+def _check_auto(learning_rate: str, head_learning_rate: Any) -> None:
+    if not is_auto(learning_rate):
+        raise ValueError(
+            "`learning_rate` must be a finite number above 0, a `LearningRateSchedule`, a callable "
+            f'without arguments, a dictionary from names of layers to numbers, or "{AUTO}". '
+            f"Received: learning_rate={learning_rate!r}."
+        )
+    if head_learning_rate is not None:
+        raise ValueError(
+            f'`learning_rate="{AUTO}"` finds one rate for all that trains. Leave out '
+            f"`head_learning_rate`, or pass a number for both. Received: "
+            f"head_learning_rate={head_learning_rate!r}."
+        )
+
+
 def check_stages(stages: Any, *, instead_of: Stage) -> list[Stage]:
     """Returns a schedule as a list of stages.
 
@@ -234,12 +253,18 @@ def check_stages(stages: Any, *, instead_of: Stage) -> list[Stage]:
             "`stages` must be a list of at least one `keras_tl.Stage`, such as "
             f"`[Stage(5, 1e-4), Stage('all', 1e-5)]`. Received: stages={stages!r}."
         )
-    return [stage if isinstance(stage, Stage) else Stage.from_dict(stage) for stage in stages]
+    found = [stage if isinstance(stage, Stage) else Stage.from_dict(stage) for stage in stages]
+    if any(is_auto(stage.learning_rate) for stage in found[:-1]):
+        raise ValueError(
+            f'Only the last of `stages` can have `learning_rate="{AUTO}"`. Received: '
+            f"{'; '.join(str(stage) for stage in found)}."
+        )
+    return found
 
 
 def check_one_rate(learning_rate: Any, optimizer: keras.Optimizer) -> None:
     """Raises a ValueError if there is a learning rate beside an optimizer that has its own."""
-    if learning_rate is not None:
+    if learning_rate is not None and not is_auto(learning_rate):
         raise ValueError(
             f"`optimizer` brings its own learning rate, so `learning_rate={learning_rate!r}` would "
             "be lost. Leave it out, and make the optimizer with it: "
@@ -284,11 +309,13 @@ def _rate(value: Any) -> Any:
     return value
 
 
-def _shown(rate: LearningRate | None) -> str:
+def _shown(rate: LearningRate | str | None) -> str:
     if rate is None:
         return "of the optimizer"
     if isinstance(rate, float):
         return f"{rate:.4g}"
+    if isinstance(rate, str):
+        return f'"{rate}"'
     schedule = isinstance(rate, keras.optimizers.schedules.LearningRateSchedule)
     return type(rate).__name__ if schedule else "of a function"
 

@@ -18,7 +18,7 @@ from keras_tl.internals.optimizers import optimizer_weights, steps_of, without_l
 from keras_tl.optimizers import GroupOptimizer
 from keras_tl.optimizers.groups import group_optimizer, groups_of, learning_rate_of
 from keras_tl.optimizers.learning_rates import LayerwiseLearningRates, LearningRate
-from keras_tl.stages import switching
+from keras_tl.stages import annealing, switching
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.stage import DEFAULT_RATE, Stage
 
@@ -42,6 +42,10 @@ class StagedModel:
         backbone: A layer, model or list of layers of the model, names of these, or a function of
             the model. None means each `FrozenBackbone`, or else `model.backbone`.
         optimizer: An optimizer to use instead of a copy of the compiled one.
+
+    Attributes:
+        first_annealed: Int. The number of the first of the stages that try one learning rate each,
+            or the number after the last stage.
 
     Raises:
         ValueError: If there is no such backbone, a stage selects nothing in it, or the model has no
@@ -67,6 +71,7 @@ class StagedModel:
         self._optimizer = optimizer
         self._keeps_groups = self._has_groups_of_its_own(stages)
         has_rates = self._keeps_groups or optimizer is not None
+        stages, self.first_annealed = annealing.with_rates(stages, optimizer or model.optimizer)
         self._stages = list(stages) if has_rates else [_with_rate(stage) for stage in stages]
         # A schedule that says "lora" means more than that by "all".
         beyond_lora = any(stage.layers == "lora" for stage in stages)
@@ -177,11 +182,25 @@ class StagedModel:
 
     def _compiled_for_fine_tuning(self) -> bool:
         rate = learning_rate_of(self._model.optimizer)
-        given = [one.learning_rate for one in self._stages if isinstance(one.learning_rate, float)]
-        return any(math.isclose(rate, one, rel_tol=1e-6) for one in given)
+        # Those that are tried are common rates of a head too.
+        given = [one.learning_rate for one in self._stages[: self.first_annealed - 1]]
+        return any(math.isclose(rate, one, rel_tol=1e-6) for one in given if isinstance(one, float))
 
     def stage(self) -> int:
         """Returns the stage that the model is in: the first of which just the layers train."""
+        number = self._first_that_trains()
+        if number != self.first_annealed:
+            return number
+        # The stages from here on differ in nothing but their rates, and those above are tried.
+        rate = learning_rate_of(self._model.optimizer)
+        tried = [one for one in self._rates_from(number) if one > 1.01 * rate]
+        return min(number + len(tried), len(self._stages))
+
+    def _rates_from(self, number: int) -> list[float]:
+        rates = [stage.learning_rate for stage in self._stages[number - 1 :]]
+        return [rate for rate in rates if isinstance(rate, float)]
+
+    def _first_that_trains(self) -> int:
         if self._exactly:
             for number, stage in enumerate(self._stages, start=1):
                 if self.backbones.trains_only(stage.layers, stage.train_batchnorm):
@@ -192,10 +211,17 @@ class StagedModel:
 
     def enter(self, number: int, best: BestWeights | None = None) -> None:
         """Goes to a stage, from the best weights of the one before, or changes nothing."""
-        with switching.all_or_nothing(self._model, changeable_weights(self._model)):
-            if best is not None:
+        lower = best is not None and number > self.first_annealed
+        weights = changeable_weights(self._model)
+        if lower:
+            # Which are written, where the train step stays.
+            weights += self._model.optimizer.variables
+        with switching.all_or_nothing(self._model, weights):
+            if best is not None and lower:
+                best.restore_run()
+            elif best is not None:
                 best.restore_stage()
-            self._switch_to(number)
+            self._switch_to(number, same_step=lower)
 
     def enter_directly(self, number: int) -> None:
         """Goes to a stage through those before it, wherever the model is, or changes nothing."""
@@ -205,7 +231,7 @@ class StagedModel:
             for one in range(1, number + 1):
                 self.enter(one)
 
-    def _switch_to(self, number: int) -> None:
+    def _switch_to(self, number: int, *, same_step: bool = False) -> None:
         stage = self._stages[number - 1]
         before = list(self._model.trainable_weights)
         if self._exactly:
@@ -223,6 +249,7 @@ class StagedModel:
             trained=before,
             group=self._group(number),
             keep_evaluation=not any(weight.regularizer for weight in changing),
+            same_step=same_step and not changing,
         )
 
     def go_back(self) -> None:

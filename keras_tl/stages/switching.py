@@ -44,6 +44,7 @@ from keras_tl.internals.models import (
     strategy_scope,
 )
 from keras_tl.internals.optimizers import (
+    can_take_state,
     continue_averages,
     copy_weight_decay_exclusions,
     optimizer_config,
@@ -206,6 +207,7 @@ def renew_training(
     trained: Sequence[keras.Variable] | None = None,
     group: str = "backbone",
     keep_evaluation: bool = False,
+    same_step: bool = False,
 ) -> None:
     """Has a compiled model train, from the next step on, the weights that are trainable now.
 
@@ -228,6 +230,9 @@ def renew_training(
         keep_evaluation: Bool. Whether the evaluation function may stay, where the backend allows
             it: right if nothing that it computes depends on the flags that changed (regularizers
             do).
+        same_step: Bool. Whether nothing but the rate and the optimizer's state is to be new, so
+            that the train step may stay, which spares a trace. It does if the optimizer's class is
+            one of Keras, whose variables are all of its state.
 
     Example:
 
@@ -265,6 +270,10 @@ def renew_training(
         if starts_anew:
             # Groups that stay have their averages among their state.
             continue_averages(old, new)
+    if same_step and can_take_state(old, new, variables):
+        for kept, fresh in zip(old.variables, new.variables, strict=True):
+            copy_value(fresh, kept)
+        return
     install_optimizer(model, new)
     renew_functions(model, keep_evaluation=keep_evaluation)
 

@@ -32,6 +32,7 @@ class TrainingState:
         decisions: The `Decisions` about its stages.
         rates: The `RateWatch` that is told which rates a switch has set.
         warmup_steps: Int. Steps of warm-up after a switch.
+        keeps_start: Bool. Whether the weights that fine-tuning starts from are kept.
 
     Attributes:
         progress: The `Progress`.
@@ -47,6 +48,7 @@ class TrainingState:
         rates: RateWatch,
         *,
         warmup_steps: int,
+        keeps_start: bool = False,
     ):
         self.progress = Progress()
         self.warm_up: WarmUp | None = None
@@ -56,6 +58,7 @@ class TrainingState:
         self._decisions = decisions
         self._rates = rates
         self._warmup_steps = warmup_steps
+        self._keeps_start = keeps_start
         self._note_weights()
 
     def begin_stage(self, stage: int) -> None:
@@ -103,6 +106,7 @@ class TrainingState:
         self.progress.transitions.append(transition)
         self.begin_stage(transition.stage)
         self._carry_best_over(before)
+        self._keep_start()
         if self._warmup_steps:
             self.warm_up = WarmUp(self._staged.optimizers(), self._warmup_steps)
         return transition
@@ -141,6 +145,16 @@ class TrainingState:
             offset -= switching.regularization_loss(freezing.without(before, after))
         # All processes must choose the same best weights, and rounding may differ between them.
         self.progress.best.begin_stage(self._changeable, float(of_chief(offset)))
+
+    def _keep_start(self) -> None:
+        if not self._keeps_start:
+            return
+        best = self.progress.best = self.progress.best or BestWeights(
+            self._decisions.monitored.mode
+        )
+        # A model that was loaded in a later stage has not started from what it has now.
+        if self.progress.stage == 1 or best.start is not None:
+            best.keep_start(self._changeable)
 
     # Snapshots.
 

@@ -18,7 +18,9 @@ class Transition:
         epoch: Int. The first epoch of the new stage, counted from 0.
         stage: Int. The new stage.
         reason: String. `"converged"`, `"early_stopping"` (another callback's),
-            `"max_frozen_epochs"`, or `"epochs"` (those of the stage that ended).
+            `"max_frozen_epochs"`, or `"epochs"` (those of the stage that ended). With
+            `learning_rate="auto"` also `"not_improved"` (the rate of the stage that ended, and
+            those before it, have not improved on the head) and `"diverged"`.
         value: Float or None. The best monitored value of the stage that ended.
         learning_rate_before: Float. The learning rate at the end of that stage.
         learning_rate_after: Float. The learning rate of the new stage.

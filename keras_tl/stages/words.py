@@ -18,10 +18,14 @@ def why_ended(reason: str, monitor: str, patience: int | None, stage: int, epoch
         "early_stopping": "EarlyStopping has seen no improvement",
         "max_frozen_epochs": f"it was frozen for {_epochs(epochs)}",
         "epochs": f"stage {stage} has had its {_epochs(epochs)}",
+        "not_improved": f"this learning rate has not improved {monitor} in {_epochs(epochs)}",
+        "diverged": f"{monitor} is not finite at this learning rate",
     }[reason]
 
 
-def what_next(monitor: str, patience: int | None, epochs: int | None, *, last: bool) -> str:
+def what_next(
+    monitor: str, patience: int | None, epochs: int | None, *, last: bool, lower: bool = False
+) -> str:
     """Returns what will end a fine-tuning stage, and what comes then.
 
     Args:
@@ -29,6 +33,7 @@ def what_next(monitor: str, patience: int | None, epochs: int | None, *, last: b
         patience: Int or None. The patience of the stage.
         epochs: Int or None. How many epochs it has at most.
         last: Bool. Whether it is the last stage.
+        lower: Bool. Whether the next stage is the same at a lower learning rate.
     """
     ends = []
     if patience is not None:
@@ -37,7 +42,8 @@ def what_next(monitor: str, patience: int | None, epochs: int | None, *, last: b
         ends.append(f"for at most {_epochs(epochs)}")
     if not ends:
         return "fine-tuning to the last epoch"
-    return f"fine-tuning {' and '.join(ends)}, then {'the end' if last else 'the next stage'}"
+    then = "the end" if last else "a third of the rate" if lower else "the next stage"
+    return f"fine-tuning {' and '.join(ends)}, then {then}"
 
 
 def why_still_frozen(

@@ -1,0 +1,103 @@
+"""A learning rate that finds itself: it starts high, and goes down by thirds.
+
+Each rate is a stage of its own, from the best weights so far, with a new optimizer. So a rate that
+only hurts costs its epochs and nothing else, and the next one starts where it has started. Once a
+rate has helped, the first lower one that does not ends the run. No rate depends on what a run has
+measured, or on the rate that the model has now: a run that is resumed has the same ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import keras
+
+from keras_tl.internals.optimizers import without_loss_scale
+from keras_tl.optimizers.groups import newest_group
+
+if TYPE_CHECKING:
+    from keras_tl.stages.progress import Progress
+    from keras_tl.stages.stage import Stage
+
+AUTO = "auto"
+# A third each time. Of Adam the last is 1e-5, the rate of the guide.
+FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01)
+# A new optimizer's first steps are as large as its rate, whatever the gradients are.
+WARMUP_STEPS = 30
+_USUAL_RATE = 1e-3
+
+
+def is_auto(learning_rate: Any) -> bool:
+    """Whether a learning rate is to be found."""
+    return isinstance(learning_rate, str) and learning_rate == AUTO
+
+
+def first_rate(optimizer: keras.Optimizer) -> float:
+    """Returns the learning rate to start with: the default of the optimizer's class.
+
+    Args:
+        optimizer: A `keras.optimizers.Optimizer`. Of parameter groups, the newest one counts.
+
+    Example:
+
+    >>> first_rate(keras.optimizers.Adam(0.5)), first_rate(keras.optimizers.SGD(0.5))
+    (0.001, 0.01)
+    """
+    kind = type(without_loss_scale(newest_group(optimizer)))
+    argument = inspect.signature(kind.__init__).parameters.get("learning_rate")
+    default = getattr(argument, "default", None)
+    return default if isinstance(default, float) and default > 0 else _USUAL_RATE
+
+
+def with_rates(stages: Sequence[Stage], optimizer: keras.Optimizer) -> tuple[list[Stage], int]:
+    """Returns stages with numbers for a rate that is to be found, and the first of these stages.
+
+    Args:
+        stages: List of `Stage`, of which the last may have the learning rate `"auto"`.
+        optimizer: The optimizer that the rates are for.
+
+    Returns:
+        A tuple of a list of `Stage` and the number of the first one that looks for a rate, counted
+        from 1; the number after the last where none does.
+
+    Example:
+
+    >>> from keras_tl import Stage
+    >>> stages, first = with_rates([Stage("all", "auto")], keras.optimizers.Adam())
+    >>> [f"{stage.learning_rate:.0e}" for stage in stages], first
+    (['1e-03', '3e-04', '1e-04', '3e-05', '1e-05'], 1)
+    """
+    *others, last = stages
+    if not is_auto(last.learning_rate):
+        return list(stages), len(stages) + 1
+    highest = first_rate(optimizer)
+    rates = [float(f"{highest * factor:.6g}") for factor in FACTORS]
+    found = [dataclasses.replace(last, learning_rate=rate) for rate in rates]
+    return [*others, *found], len(stages)
+
+
+def brings_nothing(progress: Progress, first: int) -> bool:
+    """Whether the current rate has not helped, after one that has: lower ones will not either.
+
+    Args:
+        progress: The `Progress` of the run.
+        first: Int. The number of the first stage that looks for a rate.
+    """
+    return not _improved_since(progress, progress.stage) and _improved_since(progress, first)
+
+
+def only_hurts(progress: Progress, first: int) -> bool:
+    """Whether no rate has helped yet."""
+    return not _improved_since(progress, first)
+
+
+def _improved_since(progress: Progress, stage: int) -> bool:
+    """Whether the best epoch so far is of this stage or a later one."""
+    if progress.best is None or progress.best.epoch is None:
+        return False
+    # A loaded model may be in the stage when the run starts.
+    starts = [one.epoch for one in progress.transitions if one.stage <= stage]
+    return progress.best.epoch >= max(starts, default=0)

