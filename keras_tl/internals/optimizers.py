@@ -138,6 +138,7 @@ def can_take_state(old: Any, new: Any, weights: Sequence[keras.Variable]) -> boo
     ]
 
 
+@checked(SINCE_3_15)
 def continue_averages(old: Any, new: Any) -> None:
     """Has a new optimizer continue the averages that an old one keeps of the same weights.
 
