@@ -14,7 +14,7 @@ switch, and the accuracy on held-out images.
 
 With `--backup-dir`, a folder on a disk that all machines share, the first process also keeps the
 state of the run there. If a process dies, the others end with an error; start all of them again,
-with the same arguments, and they go on where the backup was made.
+with the same arguments, and they resume where the backup was made.
 """
 
 import argparse

@@ -2,7 +2,7 @@
 
 The program trains the same model twice in child processes: once undisturbed, and once killed with
 SIGKILL in the middle of fine-tuning and started again with the same command. `backup_dir` is all it
-takes: the second start goes on in the stage, at the epoch and with the optimizer that were backed
+takes: the second start resumes in the stage, at the epoch and with the optimizer that were backed
 up. Both runs end with the same weights, bit for bit.
 
     python examples/resume.py
@@ -44,7 +44,7 @@ class KillAt(keras.callbacks.Callback):
 
 
 def train(folder, kill_at):
-    """Trains, or goes on, and writes the final weights into the folder."""
+    """Trains, or resumes, and writes the final weights into the folder."""
     keras.utils.set_random_seed(0)
     random = np.random.default_rng(0)
     x = random.normal(size=(256, 8)).astype("float32")

@@ -53,8 +53,8 @@ def test_each_trial_of_a_search_has_a_backup_of_its_own(tmp_path, capsys):
     assert [trial.status for trial in trials.values()] == ["COMPLETED"] * 2
     first = next(iter(trials))
     said = capsys.readouterr().out
-    assert f"goes on after epoch 2, in stage 1, from {str(tmp_path / 'runs' / first)!r}" in said
-    assert said.count("goes on after") == 1  # The other trial has a run of its own.
+    assert f"resumes after epoch 2, in stage 1, from {str(tmp_path / 'runs' / first)!r}" in said
+    assert said.count("resumes after") == 1  # The other trial has a run of its own.
     assert switch.transitions == []  # A copy of it ran.
 
 

@@ -251,7 +251,7 @@ def test_a_killed_process_ends_the_other_and_both_resume(
         assert result["digest"] == expected["digest"]
         assert result["transitions"] == expected["transitions"]
         assert result["measured"] == expected["measured"][DIES_IN:]
-    assert f"goes on after epoch {DIES_IN}, in stage 1" in resumed.said(0)[0]
+    assert f"resumes after epoch {DIES_IN}, in stage 1" in resumed.said(0)[0]
 
 
 @SLOW
@@ -274,7 +274,7 @@ def test_a_backup_that_not_all_processes_see_is_an_error_in_all(start, tmp_path)
 def test_a_fit_does_not_find_the_backup_of_the_one_before(start, tmp_path):
     run = start(tmp_path, **pair("data"), fits=2)
     assert run.codes() == [0, 0]
-    assert not any("goes on after" in line for line in run.said(0))
+    assert not any("resumes after" in line for line in run.said(0))
 
 
 @SLOW

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import runpy
 from pathlib import Path
 
 import keras
@@ -9,11 +10,18 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_tl import FreezeGuard, FrozenBackbone, FrozenWeightsChangedError
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    FrozenWeightsChangedError,
+    UnfreezeAtConvergence,
+)
 from tests.conftest import only_on
 
+EXAMPLES = Path(__file__).parent.parent / "examples"
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+CLIENTS = "keras_hub", "tuner.", "mlflow"  # What is no dependency of the package or its tests.
 IMAGES, LABELS = np.ones((8, 150, 150, 3), "float32"), np.array([[0], [1]] * 4)
 
 
@@ -51,12 +59,13 @@ def test_every_block_has_a_language():
     assert {language for language, _ in BLOCKS} == {"python", "bash", "text"}
 
 
-def python_blocks():
-    """The blocks of Python, compiled."""
+def python_blocks(*, without=()):
+    """The blocks of Python, compiled, but for those with a word of `without`."""
     blocks = [code for language, code in BLOCKS if language == "python"]
     return [
         compile(code, f"block {number} of the README", "exec")
         for number, code in enumerate(blocks, start=1)
+        if not any(word in code for word in without)
     ]
 
 
@@ -73,12 +82,68 @@ def test_all_python_blocks_compile_and_the_first_runs(data):
 def test_all_python_blocks_run(data):
     pytest.importorskip("matplotlib")
     namespace = {"base": small_xception(include_top=False, weights=None)}
-    for block in python_blocks():
+    for block in python_blocks(without=CLIENTS):
         namespace.update(data, **new_model())
         exec(block, namespace)  # noqa: S102
     assert Path("stages.png").stat().st_size > 1000
     _, history = namespace["by_hand"](namespace["base"], data["train"], data["val"])
     assert len(history["loss"]) > 3
+
+
+def client_block(word):
+    (block,) = [code for language, code in BLOCKS if language == "python" and word in code]
+    return block
+
+
+@pytest.mark.slow
+@pytest.mark.clients
+@only_on("tensorflow", "The block exports TensorFlow's graph.")
+def test_from_a_task_to_a_model_that_is_deployed(monkeypatch, tmp_path):
+    hub = pytest.importorskip("keras_hub").models
+    pytest.importorskip("sklearn")
+    monkeypatch.chdir(tmp_path)
+    example = runpy.run_path(str(EXAMPLES / "keras_hub_task.py"))
+    task = example["make_task"](small=True)
+    monkeypatch.setattr(hub.Backbone, "from_preset", lambda name: task.backbone)
+    monkeypatch.setattr(
+        hub.ImageClassifierPreprocessor, "from_preset", lambda name: task.preprocessor
+    )
+    monkeypatch.setattr(hub, "ImageClassifier", type(task))
+    images, labels = example["digits"](24)
+    code = client_block("keras_hub").replace("epochs=50", "epochs=2")
+    namespace = {"images": images, "labels": labels, "val": (images, labels), "keras": keras}
+    exec(code, namespace)  # noqa: S102
+    prepared = task.preprocessor(images)
+    expected = namespace["task"].predict(images, verbose=0)
+    loaded = keras.models.load_model("digits.keras")
+    np.testing.assert_array_equal(loaded.predict(prepared, verbose=0), expected)
+    served = tf.saved_model.load("digits")
+    np.testing.assert_allclose(served.serve(prepared), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.clients
+@only_on("tensorflow", "They call `fit` alike on every backend.")
+def test_beside_a_tuner_and_scikit_learn(monkeypatch, tmp_path):
+    tuners = pytest.importorskip("keras_tuner")
+    sklearn = pytest.importorskip("sklearn")
+    pytest.importorskip("sklearn.model_selection")
+    monkeypatch.chdir(tmp_path)
+    keras.utils.set_random_seed(0)
+    x, y = np.random.normal(size=(24, 4)).astype("float32"), np.ones((24, 1), "float32")
+
+    def build(hp=None, **data):
+        base = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)])
+        model = keras.Sequential([keras.Input((4,)), FrozenBackbone(base), keras.layers.Dense(1)])
+        model.compile("adam", "mse")
+        return model
+
+    tuner = tuners.RandomSearch(build, "val_loss", max_trials=1, directory="search")
+    given = {"x": x, "y": y, "x_val": x, "y_val": y, "build": build, "tuner": tuner}
+    given |= {"keras": keras, "sklearn": sklearn, "UnfreezeAtConvergence": UnfreezeAtConvergence}
+    with pytest.warns(UserWarning, match="still frozen"):
+        exec(client_block("tuner.").replace("50", "2"), given)  # noqa: S102
+    assert [one.status for one in tuner.oracle.trials.values()] == ["COMPLETED"]
 
 
 def test_the_counted_lines_are_those_of_the_code_by_hand():

@@ -93,7 +93,7 @@ class RunBackup:
             if not self._failed:
                 warnings.warn(
                     f"UnfreezeAtConvergence could not back up epoch {epoch}: {error}. Training "
-                    "goes on; the last backup stays as it is.",
+                    "continues; the last backup stays as it is.",
                     stacklevel=2,
                 )
             self._failed = True
@@ -151,7 +151,7 @@ class RunBackup:
             except OSError as error:
                 self._warn(
                     f"the backup in {self.folder!r} could not be deleted: {error}. Delete the "
-                    "folder, or the next run that is given it may go on from there."
+                    "folder, or the next run that is given it may resume from there."
                 )
 
     def _load(self, identity: dict[str, Any], before: int | None) -> Any:

@@ -100,7 +100,7 @@ def why_another_run(was: Any, now: dict[str, Any]) -> str | None:
         return None
     more = len(found) - _SHOWN
     named = "; ".join(found[:_SHOWN]) + (f"; and {more} more" if more > 0 else "")
-    advice = "To go on with that run, start it as it was. "
+    advice = "To resume that run, start it as it was. "
     if any(one.startswith("the data") for one in found):
         advice += (
             "Data that is drawn at random, as by a split, must be drawn with a seed, or it is "
@@ -130,7 +130,7 @@ def _changes(was: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
     if was["backend"] != now["backend"]:
         yield (
             f"the Keras backend (was {was['backend']}, is {now['backend']}; random numbers and "
-            "rounding would go on otherwise)"
+            "rounding would differ)"
         )
         return
     if was["processes"] != now["processes"]:

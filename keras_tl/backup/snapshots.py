@@ -155,7 +155,7 @@ class Backup:
         if not reasons:
             return None
         raise ValueError(
-            f"`backup_dir={os.fspath(self.folder)!r}` has no snapshot to go on from. "
+            f"`backup_dir={os.fspath(self.folder)!r}` has no snapshot to resume from. "
             f"{' '.join(reasons)} To start over, delete the folder or pass another."
         )
 

@@ -46,7 +46,7 @@ def put(folder: pathlib.Path, name: str, pieces: Sequence[Any]) -> None:
         raise OSError(
             error.errno,
             f"{name} could not be written: {what}. The shards that were finished before are "
-            "kept; make room and call the cache again to go on after them",
+            "kept; make room and call the cache again to continue after them",
             str(folder),
         ) from error
 

@@ -17,7 +17,7 @@ from keras_tl.stages.words import what_next, why_ended
 
 
 class Decisions:
-    """Decides at each epoch's end whether the stage goes on, ends, or ends training.
+    """Decides at each epoch's end whether the stage continues, ends, or ends training.
 
     Args:
         stages: List of `Stage`, those after stage 0.

@@ -75,14 +75,14 @@ class KeptRun:
         # A run that has stopped has no next epoch: `fit` is told that all are done.
         set_initial_epoch(self._model, max(done, epochs) if stopped else done)
         say(
-            f"UnfreezeAtConvergence goes on after epoch {done}, in stage "
+            f"UnfreezeAtConvergence resumes after epoch {done}, in stage "
             f"{self._state.progress.stage}, from {self._backup.folder!r}."
         )
         if self._has_more_done():
             warnings.warn(
                 f"UnfreezeAtConvergence: the run in {self._backup.folder!r} has {done} epochs "
                 f"done, and `epochs={epochs}`, so nothing is trained. The model gets the weights "
-                "of that run, and its backup is kept. Pass more `epochs` to go on.",
+                "of that run, and its backup is kept. Pass more `epochs` to continue.",
                 stacklevel=4,
             )
 

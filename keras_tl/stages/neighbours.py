@@ -58,7 +58,7 @@ def _check_backup_and_restore(backup: bool) -> None:
         )
     _warn(
         "BackupAndRestore restores weights and epoch, but not the stage: a run resumed in a "
-        "fine-tuning stage would go on frozen, at the head's learning rate. Drop it and pass "
+        "fine-tuning stage would continue frozen, at the head's learning rate. Drop it and pass "
         "`UnfreezeAtConvergence(backup_dir=...)`."
     )
 

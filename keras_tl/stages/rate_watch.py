@@ -216,6 +216,6 @@ def _warn(
     warnings.warn(
         f"{who} has set {what} to {rate:.4g} in epoch {epoch + 1}, which UnfreezeAtConvergence had "
         f"set to {limit:.4g}. {advice}; or drop it, and pass a `LearningRateSchedule` to the "
-        "optimizer and to `learning_rate`, which begins at the switch.",
+        "optimizer and to `learning_rate`, which starts at the switch.",
         stacklevel=6,
     )

@@ -26,7 +26,7 @@ from keras_tl.stages.monitored_value import MonitoredValue
 from keras_tl.stages.neighbours import check_neighbours
 from keras_tl.stages.optimizer_use import OptimizerUse
 from keras_tl.stages.rate_watch import RateWatch
-from keras_tl.stages.staged_model import GO_ON, StagedModel
+from keras_tl.stages.staged_model import HOW_TO_CONTINUE, StagedModel
 from keras_tl.stages.training_state import TrainingState
 from keras_tl.stages.words import why_still_frozen
 
@@ -129,7 +129,7 @@ class Run:
     # The hooks.
 
     def begin(self) -> None:
-        """Finds the stage that the model is in, or goes on with the run in the backup."""
+        """Finds the stage that the model is in, or resumes the run in the backup."""
         around = early_stops.observers(self._early_stopping())
         observers.place(self._callback, [*around, *self._rates.observers()])
         self._freeze_untouched()
@@ -223,7 +223,7 @@ class Run:
         if keeps_no_optimizer(self._model):
             message += (
                 f" If this {type(self._model).__name__} was saved in a fine-tuning stage, its "
-                f"file does not tell. {GO_ON}"
+                f"file does not tell. {HOW_TO_CONTINUE}"
             )
         self._say(message)
 
@@ -316,7 +316,7 @@ class Run:
         if self.stage > 0:
             rate = learning_rate_of(self._model.optimizer)
             self._say(
-                f"UnfreezeAtConvergence goes on fine-tuning {self._staged.names}, which is "
+                f"UnfreezeAtConvergence continues fine-tuning {self._staged.names}, which is "
                 f"trainable already, with learning rate {rate:.4g}."
             )
 

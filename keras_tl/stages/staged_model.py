@@ -22,8 +22,8 @@ from keras_tl.stages import annealing, switching
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.stage import DEFAULT_RATE, Stage
 
-GO_ON = (
-    "To go on fine-tuning, put the model back in its stage: call this callback's "
+HOW_TO_CONTINUE = (
+    "To continue fine-tuning, put the model back in its stage: call this callback's "
     "`enter_stage(model, stage)` before `fit`."
 )
 
@@ -157,7 +157,7 @@ class StagedModel:
                 f"UnfreezeAtConvergence freezes {self.names}, all of which is trainable, although "
                 "the model is compiled with the learning rate of a fine-tuning stage. If it was "
                 "saved in that stage and loaded, its file did not tell what was trainable, as that "
-                f"of a class of one's own may not. {GO_ON}",
+                f"of a class of one's own may not. {HOW_TO_CONTINUE}",
                 stacklevel=5,
             )
         with switching.all_or_nothing(self._model):

@@ -125,7 +125,7 @@ def test_a_model_is_as_it_was_where_none_can_be_used(interrupted, fresh, tmp_pat
     before = state_of(fresh)
     if name == "stage_epochs" and odd == 10**9:
         return  # Which nobody can tell from a stage that long.
-    with pytest.raises(ValueError, match=r"its '|it is in stage|it has no|no snapshot to go on"):
+    with pytest.raises(ValueError, match=r"its '|it is in stage|it has no|no snapshot to resume"):
         fit(fresh, callback(folder, **SETTINGS))
     assert state_of(fresh) == before
 

@@ -272,7 +272,7 @@ def test_sets_are_the_same_in_every_process():
 def test_other_settings_of_the_callback(compare, callback, words):
     told = compare(now={"callback": callback})
     assert words.replace("\\", "") in told
-    assert told.endswith("To go on with that run, start it as it was. ")
+    assert told.endswith("To resume that run, start it as it was. ")
 
 
 def schedule(rate):

@@ -259,7 +259,7 @@ def test_goes_on_at_its_epoch_in_its_stage(tmp_path, capsys):
     history = fit(model, ours, FreezeGuard(verbose=0))
     assert len(history["loss"]) == EPOCHS - 4
     assert set(history["stage"]) == {1}
-    assert "goes on after epoch 4, in stage 1, from " in capsys.readouterr().out
+    assert "resumes after epoch 4, in stage 1, from " in capsys.readouterr().out
     assert backbone.trainable_weights
 
 

@@ -404,7 +404,7 @@ def test_trainable_plain_backbone_that_no_stage_left_so_is_frozen(trained_first)
 def test_fine_tuned_plain_backbone_whose_flags_and_steps_are_lost_is_frozen_with_a_warning():
     model, base = plain(["dense"])
     model.compile(keras.optimizers.Adam(1e-3), "mse")
-    with pytest.warns(UserWarning, match="the learning rate of a fine-tuning stage.*To go on"):
+    with pytest.warns(UserWarning, match="the learning rate of a fine-tuning stage.*To continue"):
         history = scripted_fit(model, unfreezer(backbone=base), [1, 1, 1])
     assert history.history["stage"] == [0, 0, 1]
 

@@ -254,7 +254,7 @@ def test_reduce_lr_on_plateau_starts_over_in_each_stage(both_orders):
 def test_backup_and_restore_without_a_backup_of_ours(both_orders, tmp_path):
     model = build()
     other = keras.callbacks.BackupAndRestore(tmp_path)
-    with pytest.warns(UserWarning, match="would go on frozen"):
+    with pytest.warns(UserWarning, match="would continue frozen"):
         fit(model, *both_orders(other, ours()))
 
 
