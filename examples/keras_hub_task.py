@@ -1,8 +1,8 @@
 """Fine-tunes a KerasHub image task in one `fit`, and deploys it without keras_tl.
 
-The task classifies handwritten digits (scikit-learn's). Its head trains on the frozen ResNet; the
-callback finds `task.backbone`, unfreezes it and fine-tunes. The task applies its own preprocessing
-to raw pixels, in `fit` as in the recorded features of `fine_tune`. Then the plain model is saved
+The task classifies handwritten digits (scikit-learn's). Its head trains on the frozen ResNet, which
+is then unfrozen and fine-tuned; its BatchNormalization statistics stay constant. The task applies
+its own preprocessing to raw pixels. Then the plain model, which takes preprocessed pixels, is saved
 for programs that have no keras_tl, and exported.
 
     python -m pip install keras-hub scikit-learn
@@ -20,9 +20,15 @@ import keras_hub
 import numpy as np
 from sklearn.datasets import load_digits
 
-from keras_tl import FreezeGuard, UnfreezeAtConvergence, trainable_report, unwrap
+from keras_tl import (
+    FreezeGuard,
+    FrozenBackbone,
+    UnfreezeAtConvergence,
+    trainable_report,
+    unwrap,
+)
 
-SIZE = 32
+PRESET, SIZE = "resnet_18_imagenet", 32
 
 
 def digits(count):
@@ -33,23 +39,25 @@ def digits(count):
     return images.astype("float32"), labels[:count]
 
 
-def make_task(small):
-    """Returns the image classifier."""
+def make_parts(small):
+    """Returns the backbone and the preprocessor."""
     models = keras_hub.models
     if not small:
-        return models.ImageClassifier.from_preset("resnet_18_imagenet", num_classes=10)
+        return (
+            models.Backbone.from_preset(PRESET),
+            models.ImageClassifierPreprocessor.from_preset(PRESET),
+        )
     backbone = models.ResNetBackbone(
-        input_conv_filters=[8],
+        input_conv_filters=[64],
         input_conv_kernel_sizes=[3],
-        stackwise_num_filters=[8, 16],
+        stackwise_num_filters=[64, 64],
         stackwise_num_blocks=[1, 1],
         stackwise_num_strides=[1, 2],
         block_type="basic_block",
         image_shape=(SIZE, SIZE, 3),
     )
     converter = keras_hub.layers.ResNetImageConverter(image_size=(SIZE, SIZE), scale=1 / 255)
-    preprocessor = models.ResNetImageClassifierPreprocessor(converter)
-    return models.ResNetImageClassifier(backbone, num_classes=10, preprocessor=preprocessor)
+    return backbone, models.ResNetImageClassifierPreprocessor(converter)
 
 
 def main():
@@ -60,7 +68,10 @@ def main():
     keras.utils.set_random_seed(0)
     images, labels = digits(240 if small else 1000)
     split = 2 * len(images) // 3
-    task = make_task(small)
+    backbone, preprocessor = make_parts(small)
+    task = keras_hub.models.ImageClassifier(
+        backbone=FrozenBackbone(backbone), preprocessor=preprocessor, num_classes=10
+    )
     task.compile(
         keras.optimizers.Adam(1e-3),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),

@@ -61,6 +61,7 @@ def unfreezer(**settings):
 
 
 @pytest.mark.eager
+@pytest.mark.covers("beside: KerasHub")
 @WRAPPED
 def test_an_image_task_keeps_its_statistics_and_loads_as_it_was(wrap, tmp_path):
     task, base = image_task(wrap)
@@ -83,6 +84,7 @@ def test_an_image_task_keeps_its_statistics_and_loads_as_it_was(wrap, tmp_path):
 
 
 @pytest.mark.eager
+@pytest.mark.covers("beside: KerasHub")
 @WRAPPED
 def test_a_text_task_trains_its_head_then_lora_then_everything(wrap, tmp_path):
     task, base = text_task(wrap)

@@ -103,17 +103,14 @@ def test_from_a_task_to_a_model_that_is_deployed(monkeypatch, tmp_path):
     pytest.importorskip("sklearn")
     monkeypatch.chdir(tmp_path)
     example = runpy.run_path(str(EXAMPLES / "keras_hub_task.py"))
-    task = example["make_task"](small=True)
-    monkeypatch.setattr(hub.Backbone, "from_preset", lambda name: task.backbone)
-    monkeypatch.setattr(
-        hub.ImageClassifierPreprocessor, "from_preset", lambda name: task.preprocessor
-    )
-    monkeypatch.setattr(hub, "ImageClassifier", type(task))
+    backbone, preprocessor = example["make_parts"](small=True)
+    monkeypatch.setattr(hub.Backbone, "from_preset", lambda name: backbone)
+    monkeypatch.setattr(hub.ImageClassifierPreprocessor, "from_preset", lambda name: preprocessor)
     images, labels = example["digits"](24)
     code = client_block("keras_hub").replace("epochs=50", "epochs=2")
     namespace = {"images": images, "labels": labels, "val": (images, labels), "keras": keras}
     exec(code, namespace)  # noqa: S102
-    prepared = task.preprocessor(images)
+    prepared = preprocessor(images)
     expected = namespace["task"].predict(images, verbose=0)
     loaded = keras.models.load_model("digits.keras")
     np.testing.assert_array_equal(loaded.predict(prepared, verbose=0), expected)

@@ -117,7 +117,15 @@ def history_on_texts():
 
 
 @pytest.mark.eager
-@pytest.mark.parametrize("kind", ["strings", "list", "dataset", "split"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "strings",
+        "dataset",
+        pytest.param("list", marks=pytest.mark.slow),
+        pytest.param("split", marks=pytest.mark.slow),
+    ],
+)
 def test_recorded_training_is_that_of_fit(kind, capsys):
     data, held_out = (TEXTS[:8], LABELS[:8]), (TEXTS[8:], LABELS[8:])
     if kind == "split":
