@@ -56,6 +56,7 @@ def freeze(backbone: Backbone, layers: Selection = "all") -> None:
         for weight in lora_weights(layer) if only_lora else own_trainable_weights(layer):
             set_weight_flag(weight, False)
         set_layer_flag(layer, only_lora and layer.trainable and _has_trainable_part(layer))
+    # From the inside out: a model counts as trainable for as long as something in it is.
     for layer in reversed(flatten_layers(backbone)):
         if layer.trainable and sublayers(layer):
             set_layer_flag(layer, _has_trainable_part(layer))
@@ -101,10 +102,12 @@ def unfreeze(
     members = _members(backbone, layers, train_batchnorm, hand_frozen)
     weights = _trainable_in(backbone, layers, members, hand_frozen)
     newly = {id(weight) for weight in weights if not weight.trainable}
+    # Flag by flag, for `layer.trainable = True` is recursive and forgets what is frozen in a layer.
     for layer in members:
         set_layer_flag(layer, True)
     for weight in weights:
         set_weight_flag(weight, True)
+    # A frozen model keeps what is in it from training, so those around what trains follow.
     for layer in reversed(flatten_layers(backbone)):
         if _has_trainable_part(layer):
             set_layer_flag(layer, True)
@@ -224,6 +227,7 @@ def restore_trainable_flags(backbone: Backbone, config: Mapping[str, Any]) -> li
     flags = TrainableFlags(
         layers=_by_path(layers, config["layers"]), weights=_by_path(weights, config["weights"])
     )
+    # First all weights of layers that trained: some may have been added since, with no flag saved.
     for path, layer in layers.items():
         if flags.layers.get(path):
             for weight in weights_lora_leaves(layer):
@@ -236,6 +240,7 @@ def _by_path(paths: Iterable[str], flags: Mapping[str, bool] | Sequence[bool]) -
         return dict(flags)
     paths = list(paths)
     if len(paths) != len(flags):
+        # Positions that do not fit tell nothing; as a path that is nowhere, they are reported.
         return {"told by position only": any(flags)}
     return dict(zip(paths, flags, strict=True))
 
@@ -264,6 +269,7 @@ def _members(
     if not held:
         return members
     stay = {id(layer) for layer in held}
+    # Who names a layer that was frozen by hand means it; who says "all" need not know of it.
     if not _is_catch_all(layers, members, members_of(backbone)):
         named = selected if _is_names(layers) else _outermost(selected)
         stay -= {id(layer) for one in named if is_held(one, held) for layer in flatten_layers(one)}

@@ -58,9 +58,11 @@ class RecordReader:
             for values, array in zip(self._in_memory, arrays, strict=True):
                 np.take(values, positions, axis=0, out=array)
             return arrays
+        # Shards without samples end where they start; on the right of an end is the next with some.
         shards = np.searchsorted(self._ends, positions, side="right")
         starts = np.concatenate([[0], self._ends])[shards]
         rows = zip(*map(_bytes_of_rows, arrays))
+        # A file that another thread's batch pushes out of the pool must not close in between.
         with _open_files.lock:
             for shard, index, row in zip(shards.tolist(), (positions - starts).tolist(), rows):
                 self._read_record(shard, index, row)
@@ -82,6 +84,7 @@ class RecordReader:
 
     def _opened(self, shard: Shard) -> BinaryIO:
         file = shard.source.open("rb", buffering=0)
+        # The header has the digest of the records, so a shard that was replaced has another.
         if file.read(len(shard.header)) != shard.header:
             file.close()
             raise StaleCacheError(

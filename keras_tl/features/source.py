@@ -74,12 +74,14 @@ class Source:
 
     def part(self, index: int, count: int) -> tf.data.Dataset:
         """Returns a `tf.data.Dataset` of every `count`-th batch from the one of that index on."""
+        # By batches, so that those of all parts together are the batches of one recording.
         return self._dataset if count == 1 else self._dataset.shard(count, index)
 
     def samples(self, index: int, count: int, *, batches: int | None = None) -> Samples:
         """Reads a part of the data, or its first batches, and returns what tells it apart."""
         samples = Samples()
         for batch in self.part(index, count).take(-1 if batches is None else batches):
+            # Kept for checks by value: some data can be read only once.
             self.first = batch if self.first is None else self.first
             samples.add(Samples.of(batch))
         return samples
@@ -130,7 +132,7 @@ class Samples:
     def of(cls, batch: Any) -> Samples:
         """Returns what tells the samples of a batch apart."""
         x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
-        with tf.device("CPU:0"):
+        with tf.device("CPU:0"):  # Fingerprints have no kernel for a GPU.
             inputs = _fingerprints(tf.nest.flatten(x))
             rest = [one for one in tf.nest.flatten((y, weight)) if one is not None]
             targets = _fingerprints(rest) if rest else inputs

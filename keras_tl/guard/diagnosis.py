@@ -100,6 +100,7 @@ def stale_compile(model: keras.Model) -> Mismatch:
         return Mismatch([], [])
     flags = flags_when_compiled(model)
     own_step = has_own_train_step(model)
+    # Keras' own step alone writes averages back at an epoch's end, to weights by their position.
     averages = bool(moving_averages(optimizer)) and not own_step
     misplaces = averages and on_host(optimizer.iterations) > 0
     frozen = known - {id(weight) for weight in model.trainable_weights}
@@ -155,6 +156,7 @@ def find_causes(
         for weight in own_trainable_weights(layer) + own_state(layer)
     }
     changed = {id(change.weight) for change in changes}
+    # Last, for a statistic that moved beside a weight that was overwritten was so itself.
     statistics = {id(c.weight) for c in changes if _is_statistic(owners.get(id(c.weight)), c)}
     steps = _Steps(model, optimizer, own_loop)
     others = {id(c.weight): steps.cause_of(c) for c in changes if id(c.weight) not in statistics}
@@ -183,6 +185,7 @@ class _Steps:
             return TRAINED
         if id(change.weight) in self._stale:
             return STALE_COMPILE
+        # Keras' step hands over what trains and nothing else; another may hand over anything.
         known = id(change.weight) in self._known
         if (known and self._hands_anything) or self._is_average(change.after):
             return OPTIMIZER
@@ -209,6 +212,7 @@ def _cause_of_statistic(
     together = all(id(weight) in changed for weight in own_state(layer))
     if overwritten or not together:
         return OVERWRITTEN
+    # A class of one's own may move its statistics whatever its flag says.
     of_keras = type(layer).call is keras.layers.BatchNormalization.call
     if layer.trainable or not of_keras:
         return BATCHNORM

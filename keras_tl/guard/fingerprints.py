@@ -76,12 +76,14 @@ class Fingerprints:
     def __init__(self, weights: Iterable[keras.Variable]):
         self.weights = [weight for weight in weights if math.prod(weight.shape)]
         self._parts = _parts(self.weights)
-        random = np.random.default_rng()
+        random = np.random.default_rng()  # Not Keras' seeds, which training draws from.
         keys = random.integers(-(2**31), 2**31 - 1, (_ROWS, _COLUMNS), dtype="int32")
         blocks = max((part.blocks for part in self._parts), default=0)
+        # Odd numbers have inverses modulo 2**64: no change of one block is multiplied away.
         odd = 1 | random.integers(-(2**63), 2**63 - 1, blocks, dtype="int64", endpoint=True)
         if self._parts:
             # Processes that share a model must run one program, and so have the same keys in it.
+            # Without 0, which would hide what it is multiplied with.
             self._row_keys = of_chief(keys + (keys >= 0))
             self._block_keys = of_chief(odd)
             self._fold = fused(_fold)
@@ -108,6 +110,7 @@ class Fingerprints:
             The list of weights, in their order: large ones that have changed, and all small ones
             that are fingerprinted together with one that has.
         """
+        # A change is missed by the chance above; of small weights all those put together count.
         differs = (before != after).any(axis=1)
         parts = [part for part, differ in zip(self._parts, differs, strict=True) if differ]
         suspected = {span.weight for part in parts for span in part.spans}

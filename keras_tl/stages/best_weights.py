@@ -108,6 +108,7 @@ class BestWeights:
         best_of_run = math.isfinite(value) and self._beats(value, self.value)
         if not (best_of_run or (best_of_stage and math.isfinite(value))):
             return
+        # One copy for both: it is as large as all that trains.
         snapshot = Snapshot(weights)
         if best_of_stage:
             self._stage = snapshot
@@ -116,6 +117,7 @@ class BestWeights:
 
     def restore_stage(self) -> None:
         """Gives the weights their best values of the stage, if there were any."""
+        # A stage of only a warm start or of NaN has no best: what was best before it serves.
         best = self._stage or self._run
         if best is not None:
             best.restore()
@@ -134,6 +136,7 @@ class BestWeights:
             value_offset: What the same weights' value differs by in the new stage.
         """
         self._stage = None
+        # Weights that join had these values at the best epoch too, for they were frozen then.
         if self._run is not None and self.value is not None:
             self._run = self._run.extended(weights)
             self.value += value_offset
@@ -159,6 +162,7 @@ class BestWeights:
         Args:
             variables: Those of the model, by whose positions weights are told.
         """
+        # Mostly they are one, and are written once.
         same = self._stage is self._run
         kept = {"run": self._run, "stage": None if same else self._stage, "start": self._start}
         positions, arrays = {}, {}

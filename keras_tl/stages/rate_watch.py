@@ -97,6 +97,7 @@ class RateWatch:
         """
         after = self.rates(model)
         raised = self._find_raised(model, after)
+        # It was high before the call already: this callback is not the one.
         risen = raised is not None and raised[1] > before.get(raised[0], 0.0)
         changed = self._raised is not None and after != before
         self._raised = self._raised or raised
@@ -119,7 +120,7 @@ class RateWatch:
         rate: float,
         limit: float,
     ) -> None:
-        self._set, self._raised = {}, None
+        self._set, self._raised = {}, None  # Said once a run, not at each epoch.
         _warn(suspects, group, rate, limit, self.epoch)
 
     def _limit(self, model: keras.Model, group: str) -> float:
@@ -182,6 +183,7 @@ def _observers(callback: keras.callbacks.Callback, watch: RateWatch) -> tuple[_L
 
 
 def _overrides(callback: keras.callbacks.Callback, hook: str) -> bool:
+    # A look around a hook that the callback does not have would cost each step for nothing.
     if hook == "on_train_batch_end" and getattr(callback, "async_safe", False):
         return False  # Keras calls it from another thread.
     default = keras.callbacks.Callback
@@ -193,6 +195,7 @@ def _overrides(callback: keras.callbacks.Callback, hook: str) -> bool:
 
 def _could_set_rates(callback: keras.callbacks.Callback) -> bool:
     as_told = (keras.callbacks.LearningRateScheduler, keras.callbacks.LambdaCallback)
+    # Those of Keras that lower rates by themselves are no suspects, and by module a subclass is.
     module = type(callback).__module__
     return isinstance(callback, as_told) or not module.startswith(("keras.", "keras_tl."))
 
