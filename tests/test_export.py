@@ -52,6 +52,7 @@ def onnx(model, path):
     return session.run(None, {session.get_inputs()[0].name: X})[0]
 
 
+@pytest.mark.covers("part: unwrap, exported")
 @pytest.mark.parametrize(
     "deployed",
     [saved_model, *(pytest.param(one, marks=pytest.mark.slow) for one in (lite, onnx))],

@@ -133,6 +133,7 @@ def test_weights_of_another_model_are_an_error():
 # The end of a run.
 
 
+@pytest.mark.covers("part: interpolate")
 @pytest.mark.eager
 @pytest.mark.parametrize("plain", [False, True])
 def test_a_run_ends_between_the_heads_best_and_the_best(plain):

@@ -73,6 +73,7 @@ def names_of(weights):
     return ["/".join(weight.path.split("/")[-2:]) for weight in weights]
 
 
+@pytest.mark.covers("part: unwrap")
 @pytest.mark.parametrize("flatten", [False, True])
 @pytest.mark.parametrize("outer", [models.functional_outer, sequential, nested, twice])
 def test_the_same_layers_without_a_wrapper(outer, flatten):

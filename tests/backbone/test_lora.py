@@ -77,6 +77,7 @@ def test_a_backbone_without_lora_is_told_how_to_enable_it():
         FrozenBackbone(Adapted()).unfreeze("lora")
 
 
+@pytest.mark.covers('part: layers="lora"')
 @pytest.mark.parametrize(
     "wrap",
     [

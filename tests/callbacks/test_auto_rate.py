@@ -50,6 +50,7 @@ def changed(one, other):
     return any(not np.array_equal(a, b) for a, b in zip(one, other, strict=True))
 
 
+@pytest.mark.covers('part: learning_rate="auto"')
 @pytest.mark.eager
 def test_each_rate_starts_from_the_best_weights_so_far():
     model, callback = build(), auto()
@@ -95,6 +96,7 @@ def test_rates_that_help_are_as_the_stages_that_a_user_writes(name):
     assert not changed(*results)
 
 
+@pytest.mark.covers('part: learning_rate="auto"')
 def test_a_lower_rate_keeps_the_train_step():
     model, steps = build(), []
     seen = keras.callbacks.LambdaCallback(

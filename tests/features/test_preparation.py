@@ -116,6 +116,7 @@ def history_on_texts():
     return in_fit(text_model(), TEXTS[:8], LABELS[:8], validation_data=held_out, batch_size=4)
 
 
+@pytest.mark.covers("data: prepared by the model's own fit")
 @pytest.mark.eager
 @pytest.mark.parametrize(
     "kind",
