@@ -30,7 +30,6 @@ def in_float32(rate, scale):
     return float(np.float32(rate) * np.float32(scale))
 
 
-@pytest.mark.slow
 @given(
     kind=st.sampled_from(OPTIMIZERS),
     extra=st.sampled_from([{}, *[one for one in SETTINGS if "global_clipnorm" not in one]]),
@@ -39,7 +38,7 @@ def in_float32(rate, scale):
     steps=st.integers(1, 4),
 )
 @example(kind="Nadam", extra={}, scales=[1.0, 0.1, 0.5], seed=3, steps=4)
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(30))
 def test_each_variable_trains_as_with_an_optimizer_of_its_own(kind, extra, scales, seed, steps):
     if kind == "ScheduleFreeAdamW" and "use_ema" in extra:
         extra = {}
