@@ -12,7 +12,6 @@ try:
     from keras.src.optimizers.base_optimizer import clip_by_global_norm
     from keras.src.trainers.data_adapters import ArrayDataAdapter, get_data_adapter
     from keras.src.trainers.data_adapters.array_slicing import train_validation_split
-    from keras.src.trainers.trainer import Trainer
     from keras.src.utils.naming import to_snake_case
 except ImportError as error:
     raise UnsupportedKerasError(error, SINCE_3_15) from error
@@ -20,7 +19,6 @@ except ImportError as error:
 __all__ = [
     "ArrayDataAdapter",
     "Function",
-    "Trainer",
     "clip_by_global_norm",
     "compute_output_spec",
     "get_data_adapter",

@@ -13,7 +13,7 @@ from typing import Any
 import keras
 
 from keras_tl.internals.checked import SINCE_3_15, UnsupportedKerasError, checked
-from keras_tl.internals.imported import Trainer, get_keras_mask, global_state, to_snake_case
+from keras_tl.internals.imported import get_keras_mask, global_state, to_snake_case
 
 
 @checked(SINCE_3_15)
@@ -29,11 +29,13 @@ def was_called(layer: keras.Layer) -> bool:
 
 
 # What models have and layers must not: Keras asks any object whether it has `get_compile_config`,
-# `save_assets` and so on, and would compile a layer, or save a model in a layer twice.
+# `save_assets` and so on, and would compile a layer, or save a model in a layer twice. Between a
+# model and a layer are the classes that train, whatever they are called.
+_TRAINING = [one for one in keras.Model.__mro__[1:] if not issubclass(keras.Layer, one)]
 NOT_OF_A_LAYER = frozenset(
     ["save_assets", "load_assets", "optimizer", "loss", "compiled", "stop_training"]
     + ["steps_per_execution", "train_function", "test_function", "predict_function"]
-    + [name for one in keras.Model.__mro__[1:] if issubclass(one, Trainer) for name in vars(one)]
+    + [name for one in _TRAINING for name in vars(one)]
 )
 
 
