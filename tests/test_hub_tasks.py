@@ -4,8 +4,9 @@ import keras
 import numpy as np
 import pytest
 
-from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
+from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, unwrap
 from keras_tl.backbone.freezing import count_params
+from tests.backbone.test_hub_blocks import IMAGE, TABLE
 from tests.conftest import as_bytes, slow_on
 
 hub = pytest.importorskip("keras_hub").models
@@ -81,6 +82,23 @@ def test_an_image_task_keeps_its_statistics_and_loads_as_it_was(wrap, tmp_path):
         callback.enter_stage(loaded)
         assert fit(loaded, IMAGES, callback) == [1, 1]
     assert len(loaded.trainable_weights) == len(task.trainable_weights)
+
+
+@pytest.mark.slow
+@pytest.mark.eager
+@pytest.mark.parametrize("name", ["ResNet", "EfficientNet", "ViT"])
+def test_image_tasks_train_in_stages_and_are_deployed(name):
+    base = TABLE[name][0]()
+    kind = hub.ViTImageClassifier if name == "ViT" else hub.ImageClassifier
+    task = kind(backbone=FrozenBackbone(base), num_classes=2, preprocessor=None)
+    images = np.random.default_rng(0).normal(size=(8, *IMAGE)).astype("float32")
+    statistics = as_bytes([w for w in base.weights if "moving" in w.path])
+    assert bool(statistics) == (name != "ViT")
+
+    assert fit(compiled(task), images, unfreezer(restore_best_weights=False)) == [0, 1]
+
+    assert as_bytes([w for w in base.weights if "moving" in w.path]) == statistics
+    assert np.array_equal(outputs(unwrap(task), images), outputs(task, images))
 
 
 @pytest.mark.eager
