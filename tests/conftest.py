@@ -96,7 +96,7 @@ def _old_objects_are_not_searched():
 
 
 @pytest.fixture(autouse=True)
-def _short_input_pipelines(request, monkeypatch):
+def _short_input_pipelines(monkeypatch):
     """Gives arrays to TensorFlow in one step where Keras takes nine, in the ordinary run.
 
     To make and close Keras' pipeline costs more than an epoch of a small model, and it is made anew

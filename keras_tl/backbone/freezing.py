@@ -20,7 +20,7 @@ from keras_tl.backbone.hand_frozen import (
     held_layers,
     is_held,
 )
-from keras_tl.backbone.lora import lora_weights, weights_lora_leaves
+from keras_tl.backbone.lora import is_lora, lora_weights, weights_lora_leaves
 from keras_tl.backbone.paths import layer_paths, weight_paths
 from keras_tl.backbone.selecting import (
     ALLOWED,
@@ -51,7 +51,7 @@ def freeze(backbone: Backbone, layers: Selection = "all") -> None:
     Raises:
         ValueError: If `layers` selects nothing.
     """
-    only_lora = _is_lora(layers)
+    only_lora = is_lora(layers)
     for layer in flatten_layers(select_layers(backbone, layers, count_batchnorm=True)):
         for weight in lora_weights(layer) if only_lora else own_trainable_weights(layer):
             set_weight_flag(weight, False)
@@ -276,10 +276,6 @@ def _members(
     return [layer for layer in members if id(layer) not in stay]
 
 
-def _is_lora(layers: Selection) -> bool:
-    return isinstance(layers, str) and layers == "lora"
-
-
 def _is_names(layers: Selection) -> bool:
     return isinstance(layers, Sequence) and not isinstance(layers, str)
 
@@ -311,7 +307,7 @@ def _trainable_in(
     hand_frozen: HandFrozen,
 ) -> list[keras.Variable]:
     kept = {id(weight) for weight in hand_frozen.weights}
-    weights_of = lora_weights if _is_lora(layers) else weights_lora_leaves
+    weights_of = lora_weights if is_lora(layers) else weights_lora_leaves
     weights = [
         weight for layer in members for weight in weights_of(layer) if id(weight) not in kept
     ]

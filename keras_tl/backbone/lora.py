@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import keras
 
 from keras_tl.internals.layers import own_trainable_weights
+
+
+def is_lora(layers: Any) -> bool:
+    """Whether a selection of layers is `"lora"`: of them, only the weights that LoRA added."""
+    return isinstance(layers, str) and layers == "lora"
 
 
 def lora_weights(layer: keras.Layer) -> list[keras.Variable]:

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import keras
 
-from keras_tl.backbone.lora import lora_weights
+from keras_tl.backbone.lora import is_lora, lora_weights
 from keras_tl.internals.layers import own_trainable_weights, sublayers
 from keras_tl.internals.own_fit import preparing_layers
 
@@ -139,7 +139,7 @@ def select_layers(
     check_selection(layers, argument)
     if isinstance(layers, str) and layers == "all":
         selected = roots(backbone)
-    elif isinstance(layers, str) and layers == "lora":
+    elif is_lora(layers):
         selected = _with_lora(backbone, argument)
     elif isinstance(layers, int):
         selected = _nearest_output(backbone, layers, count_batchnorm, not_counted, argument)

@@ -26,14 +26,6 @@ def _nodes_of(layer: keras.Layer) -> dict[int, list[Any]]:
     return {} if graph is None else graph._nodes_by_depth
 
 
-def graph_layers(model: keras.Layer) -> list[keras.Layer] | None:
-    """Returns the layers that a Functional or built Sequential calls, None of anything else."""
-    if _graph_of(model) is None:
-        return None
-    nodes = [node for nodes in _nodes_of(model).values() for node in nodes]
-    return [node.operation for node in nodes if isinstance(node.operation, keras.Layer)]
-
-
 @checked(SINCE_3_15)
 def outputs_in_graph(model: keras.Model, layer: keras.Layer) -> list[Any]:
     """Returns what the layer returns each time the graph of a Functional or Sequential calls it.

@@ -14,7 +14,7 @@ from typing import Any
 import keras
 
 from keras_tl.internals.checked import SINCE_3_15, checked
-from keras_tl.internals.graphs import graph_layers
+from keras_tl.internals.graphs import operations_in_graph
 from keras_tl.internals.layers import sublayers
 
 _HOOK = "preprocess_samples"
@@ -55,10 +55,10 @@ def keras_method(model: keras.Model, name: str) -> Any:
 
 def preparing_layers(model: keras.Layer) -> list[keras.Layer]:
     """Returns the layers that a model keeps to prepare data: those that are not in its graph."""
-    called = graph_layers(model) if prepares_data(model) else None
+    called = operations_in_graph(model) if prepares_data(model) else None
     if called is None:
         return []
-    known = {id(layer) for layer in called}
+    known = {id(operation) for operation in called}
     # On torch, KerasHub's tasks set them such that neither Keras nor torch sees a sublayer.
     held = [*sublayers(model), *[x for x in vars(model).values() if isinstance(x, keras.Layer)]]
     different = {id(one): one for one in held}.values()

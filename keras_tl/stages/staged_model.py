@@ -12,6 +12,7 @@ import keras
 from keras_tl.arguments import check_can_be_set
 from keras_tl.backbone import freezing
 from keras_tl.backbone.changeable import changeable_weights
+from keras_tl.backbone.lora import is_lora
 from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import is_built
 from keras_tl.internals.optimizers import optimizer_weights, steps_of, without_loss_scale
@@ -74,7 +75,7 @@ class StagedModel:
         stages, self.first_annealed = annealing.with_rates(stages, optimizer or model.optimizer)
         self._stages = list(stages) if has_rates else [_with_rate(stage) for stage in stages]
         # A schedule that says "lora" means more than that by "all".
-        beyond_lora = any(stage.layers == "lora" for stage in stages)
+        beyond_lora = any(is_lora(stage.layers) for stage in stages)
         self.backbones = Backbones(model, backbone, beyond_lora=beyond_lora)
         self.check_stages()
 
