@@ -1,17 +1,18 @@
 """How well models are that are transferred in several ways, on real weights and data.
 
-    python -m tests.benchmarks.quality                      # all pairs, 3 seeds
-    python -m tests.benchmarks.quality --pairs films --seeds 5
-    python -m tests.benchmarks.quality --table              # what there is, without new runs
+    python -m tests.benchmarks.quality                      # all pairs, five seeds: hours
+    python -m tests.benchmarks.quality --pairs films --seeds 3
+    python -m tests.benchmarks.quality --show               # what there is, without new runs
 
 Each run is a line of JSON in a folder of the user's (`--cache`), so that a command that was stopped
-goes on where it was. Ways with one learning rate try each of a grid, and the one with the best
+continues where it was. Ways with one learning rate try each of a grid, and the one with the best
 validation loss counts, seed by seed; their seconds are those of all rates. Scores are balanced
-accuracy on held-out data: mean and standard deviation over the seeds, which are what came out.
+accuracy on held-out data, mean and standard deviation over the seeds; the error of calibration is
+that on the first of these data. Seconds are of the processor, all cores together, so that what else
+the machine does changes them little. It prints tables, and draws a picture in the same folder.
 """
 
 import argparse
-import functools
 import json
 import os
 import pathlib
@@ -23,60 +24,28 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
-from keras_tl import FrozenBackbone, fine_tune
 from tests.benchmarks.quality.pairs import PAIRS, MissingError
+from tests.benchmarks.quality.ways import WAYS
 
-EPOCHS, PATIENCE, HEAD_RATE = 80, 4, 1e-2
 FOLDER = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 
 
-def compiled(pair, x, backbone, rate):
-    inputs = keras.Input(x.shape[1:], dtype=x.dtype.name)
-    features = keras.layers.Dropout(0.2)(pair.pooling()(backbone(inputs)))
-    model = keras.Model(inputs, keras.layers.Dense(pair.classes)(features))
-    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
-    return model
+def probabilities(model, x):
+    logits = model.predict(x, batch_size=256, verbose=0)
+    return np.asarray(keras.ops.softmax(logits))
 
 
-def everything(pair, train, validation, rate, *, wrapped=False, pretrained=True, head_only=False):
-    """Trains in one stage, with the best weights by validation loss in the end."""
-    backbone = pair.backbone(pretrained)
-    if wrapped or head_only:
-        backbone = FrozenBackbone(backbone)
-    if wrapped:
-        backbone.unfreeze()
-    model = compiled(pair, train[0], backbone, rate)
-    stopping = keras.callbacks.EarlyStopping(patience=PATIENCE, restore_best_weights=True)
-    settings = {"epochs": EPOCHS, "batch_size": pair.batch_size, "verbose": 0}
-    model.fit(*train, validation_data=validation, callbacks=[stopping], **settings)
-    return model
-
-
-def two_stages(pair, train, validation, rate, **settings):
-    model = compiled(pair, train[0], FrozenBackbone(pair.backbone(True)), HEAD_RATE)
-    limits = {"patience": PATIENCE, "fine_tune_patience": PATIENCE, "epochs": EPOCHS}
-    settings = limits | {"learning_rate": rate} | settings
-    batches = {"batch_size": pair.batch_size, "verbose": 0}
-    fine_tune(model, *train, validation_data=validation, **batches, **settings)
-    return model
-
-
-# By name, the function and its rates; None is the grid of the pair.
-WAYS = {
-    "head only": (functools.partial(everything, head_only=True), (HEAD_RATE,)),
-    "keras_tl, 1e-5": (two_stages, (1e-5,)),
-    'keras_tl, "auto"': (two_stages, ("auto",)),
-    'keras_tl, "auto", interpolated': (functools.partial(two_stages, interpolate=0.5), ("auto",)),
-    "everything, FrozenBackbone": (functools.partial(everything, wrapped=True), None),
-    "everything, plain": (everything, None),
-    "from scratch": (functools.partial(everything, pretrained=False), None),
-}
-
-
-def balanced_accuracy(model, x, y):
-    found = model.predict(x, batch_size=256, verbose=0).argmax(axis=1)
+def balanced_accuracy(predicted, y):
+    found = predicted.argmax(axis=1)
     return float(np.mean([np.mean(found[y == label] == label) for label in np.unique(y)]))
+
+
+def calibration_error(predicted, y, bins=15):
+    """Expected calibration error (Guo et al. 2017): how far confidence is from accuracy."""
+    confidence, right = predicted.max(axis=1), predicted.argmax(axis=1) == y
+    bin_of = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [abs(np.sum(right[bin_of == n]) - np.sum(confidence[bin_of == n])) for n in range(bins)]
+    return float(np.sum(gaps) / len(y))
 
 
 def run(pair, way, rate, seed):
@@ -84,13 +53,17 @@ def run(pair, way, rate, seed):
     keras.utils.clear_session()
     keras.utils.set_random_seed(seed)
     train, validation, tests = pair.data(seed)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     model = WAYS[way][0](pair, train, validation, rate)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
+    predicted = {name: probabilities(model, x) for name, (x, _) in tests.items()}
+    first = next(iter(tests))
     return {
         "seconds": round(seconds, 1),
+        "cpu": round(cpu, 1),
         "val_loss": model.evaluate(*validation, verbose=0)[0],
-        "scores": {name: balanced_accuracy(model, *test) for name, test in tests.items()},
+        "calibration": calibration_error(predicted[first], tests[first][1]),
+        "scores": {name: balanced_accuracy(predicted[name], y) for name, (_, y) in tests.items()},
     }
 
 
@@ -118,23 +91,33 @@ def run_all(names, ways, seeds, path):
                     file.write(json.dumps(key | result) + "\n")
 
 
-def print_table(results, name):
-    """Prints the table of a pair."""
-    mine = [one for one in results.values() if one["pair"] == name]
-    if not mine:
-        return
-    tests = list(mine[0]["scores"])
-    print(f"\n### {name}\n\n| way | seeds | {' | '.join(tests)} | seconds |")
-    print("|---" * (len(tests) + 3) + "|")
+def chosen(results, name):
+    """Returns by way the runs that count, one a seed, each with the seconds of all its rates."""
+    found = {}
     for way in WAYS:
-        seeds = sorted({one["seed"] for one in mine if one["way"] == way})
-        if not seeds:
-            continue
-        tried = [[one for one in mine if (one["way"], one["seed"]) == (way, s)] for s in seeds]
-        best = [min(runs, key=lambda one: one["val_loss"]) for runs in tried]
-        cells = [_mean([one["scores"][test] for one in best]) for test in tests]
-        seconds = statistics.mean(sum(one["seconds"] for one in runs) for runs in tried)
-        print(f"| {way} | {len(seeds)} | {' | '.join(cells)} | {seconds:.0f} |")
+        mine = [one for one in results.values() if (one["pair"], one["way"]) == (name, way)]
+        for seed in sorted({one["seed"] for one in mine}):
+            tried = [one for one in mine if one["seed"] == seed]
+            best = min(tried, key=lambda one: one["val_loss"])
+            cpu = sum(one["cpu"] for one in tried)
+            found.setdefault(way, []).append({**best, "cpu": cpu})
+    return found
+
+
+def table(results, name):
+    """Returns the table of a pair, in Markdown."""
+    found = chosen(results, name)
+    tests = list(next(iter(found.values()))[0]["scores"])
+    lines = [
+        f"| {name}: way | seeds | {' | '.join(tests)} | calibration error | CPU seconds |",
+        "|---" * (len(tests) + 4) + "|",
+    ]
+    for way, runs in found.items():
+        cells = [_mean([one["scores"][test] for one in runs]) for test in tests]
+        cells.append(f"{statistics.mean(one['calibration'] for one in runs):.3f}")
+        cells.append(f"{statistics.mean(one['cpu'] for one in runs):.0f}")
+        lines.append(f"| {way} | {len(runs)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def _mean(values):
@@ -142,21 +125,42 @@ def _mean(values):
     return f"{statistics.mean(values):.3f}{spread}"
 
 
+def draw(results, names, path):
+    """Draws the score within the domain against seconds, a panel a pair."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+        for way, runs in chosen(results, name).items():
+            scores = [next(iter(one["scores"].values())) for one in runs]
+            seconds = statistics.mean(one["cpu"] for one in runs)
+            spread = statistics.stdev(scores) if len(scores) > 1 else 0
+            mark = "o" if way.startswith("keras_tl") else "s"
+            mean = statistics.mean(scores)
+            axes.errorbar(seconds, mean, spread, marker=mark, linestyle="none", label=way)
+        axes.set(title=name, xscale="log", xlabel="CPU seconds", ylabel="balanced accuracy")
+        axes.legend(fontsize="x-small")
+    figure.savefig(path)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
     parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
-    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cache", type=pathlib.Path, default=FOLDER / "keras_tl")
-    parser.add_argument("--table", action="store_true", help="no new runs")
+    parser.add_argument("--show", action="store_true", help="no new runs")
     arguments = parser.parse_args()
     arguments.cache.mkdir(parents=True, exist_ok=True)
     path = arguments.cache / "quality.jsonl"
-    if not arguments.table:
+    if not arguments.show:
         run_all(arguments.pairs, arguments.ways, arguments.seeds, path)
     results = read(path)
-    for name in arguments.pairs:
-        print_table(results, name)
+    there = [name for name in arguments.pairs if chosen(results, name)]
+    for name in there:
+        print(f"\n{table(results, name)}")
+    if there:
+        draw(results, there, arguments.cache / "quality.png")
 
 
 if __name__ == "__main__":

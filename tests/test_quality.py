@@ -1,0 +1,85 @@
+"""What the benchmark of quality counts and prints; how good models are is not tested."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.benchmarks.quality import __main__ as quality
+from tests.benchmarks.quality.pairs import Pair
+from tests.benchmarks.quality.ways import OneCycle
+
+
+def result(way, rate, seed, val_loss, score, cpu=1.0):
+    key = {"pair": "digits", "way": way, "rate": rate, "seed": seed}
+    return {**key, "val_loss": val_loss, "cpu": cpu, "calibration": 0.1, "scores": {"all": score}}
+
+
+def by_key(*results):
+    return {(one["pair"], one["way"], one["rate"], one["seed"]): one for one in results}
+
+
+def test_a_rate_is_chosen_by_validation_loss_and_all_rates_cost():
+    tried = [
+        result("everything, plain", 1e-3, 0, 0.5, 0.9, cpu=2.0),
+        result("everything, plain", 1e-4, 0, 0.4, 0.8, cpu=3.0),
+    ]
+    (one,) = quality.chosen(by_key(*tried), "digits")["everything, plain"]
+    assert (one["scores"]["all"], one["cpu"]) == (0.8, 5.0)
+
+
+def test_the_table_has_mean_and_standard_deviation_of_the_seeds():
+    tried = [result("keras_tl", None, seed, 0.5, score) for seed, score in enumerate((0.8, 0.9))]
+    row = quality.table(by_key(*tried), "digits").splitlines()[-1]
+    assert row == "| keras_tl | 2 | 0.850 ± 0.071 | 0.100 | 1 |"
+
+
+@pytest.mark.parametrize(
+    ("confidence", "accuracy", "error"), [(0.75, 0.75, 0.0), (1.0, 0.75, 0.25), (0.75, 1.0, 0.25)]
+)
+def test_the_calibration_error_is_between_confidence_and_accuracy(confidence, accuracy, error):
+    predicted = np.tile([confidence, 1 - confidence], (100, 1))
+    labels = (np.arange(100) >= 100 * accuracy).astype(int)
+    assert quality.calibration_error(predicted, labels) == pytest.approx(error)
+
+
+def test_accuracy_is_balanced_over_classes():
+    predicted = np.array([[1.0, 0.0]] * 4)
+    assert quality.balanced_accuracy(predicted, np.array([0, 0, 0, 1])) == 0.5
+
+
+def test_runs_that_are_there_are_not_done_again(tmp_path, monkeypatch):
+    done = []
+
+    def run(pair, way, rate, seed):
+        done.append((way, rate, seed))
+        return {"val_loss": 1.0, "cpu": 1.0, "calibration": 0.0, "scores": {"all": 1.0}}
+
+    monkeypatch.setattr(quality, "run", run)
+    pair = Pair(None, None, None, 2, 16, (1e-3, 1e-4))
+    monkeypatch.setitem(quality.PAIRS, "digits", lambda cache: pair)
+    path = tmp_path / "quality.jsonl"
+    path.write_text(json.dumps(result("everything, plain", 1e-4, 0, 0.4, 0.8)) + "\n")
+    for _ in range(2):
+        quality.run_all(["digits"], ["everything, plain"], 1, path)
+    assert done == [("everything, plain", 1e-3, 0)]
+
+
+def test_a_cycle_rises_and_falls_in_each_group_by_its_own_rate():
+    class Rated:
+        learning_rate = None
+
+    class Model:
+        class optimizer:
+            groups = {"backbone": Rated(), "head": Rated()}
+
+    cycle = OneCycle({"backbone": 0.1, "head": 1.0}, steps=10, warm_up=0.3)
+    cycle.set_model(Model())
+    rates = []
+    for step in range(10):
+        cycle.on_train_batch_begin(step)
+        rates.append([one.learning_rate for one in Model.optimizer.groups.values()])
+    backbone, head = np.transpose(rates)
+    assert head[0] == pytest.approx(0.2) and head[3] == pytest.approx(1.0)
+    assert np.argmax(head) == 3 and np.all(np.diff(head[3:]) < 0)
+    np.testing.assert_allclose(head, 10 * backbone)
