@@ -45,5 +45,6 @@ def test_every_weight_of_the_network_is_in_the_file(path):
     assert sorted(np.sum(array, dtype="float64") for array in left.values()) == pytest.approx(
         sorted(np.sum(weight, dtype="float64") for weight in model.weights)
     )
-    features = model.predict(np.full((1, 32, 32, 3), 127.0), verbose=0)
-    assert features.shape == (1, 1, 1, 1280) and 0 <= features.min() < features.max() <= 6
+    images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3))
+    features = model.predict(images, verbose=0)
+    assert features.shape == (2, 1, 1, 1280) and 0 <= features.min() < features.max() <= 6

@@ -1,6 +1,7 @@
 """What the benchmark of quality counts and prints; how good models are is not tested."""
 
 import json
+import types
 
 import numpy as np
 import pytest
@@ -66,19 +67,13 @@ def test_runs_that_are_there_are_not_done_again(tmp_path, monkeypatch):
 
 
 def test_a_cycle_rises_and_falls_in_each_group_by_its_own_rate():
-    class Rated:
-        learning_rate = None
-
-    class Model:
-        class optimizer:
-            groups = {"backbone": Rated(), "head": Rated()}
-
+    groups = {name: types.SimpleNamespace() for name in ("backbone", "head")}
     cycle = OneCycle({"backbone": 0.1, "head": 1.0}, steps=10, warm_up=0.3)
-    cycle.set_model(Model())
+    cycle.set_model(types.SimpleNamespace(optimizer=types.SimpleNamespace(groups=groups)))
     rates = []
     for step in range(10):
         cycle.on_train_batch_begin(step)
-        rates.append([one.learning_rate for one in Model.optimizer.groups.values()])
+        rates.append([one.learning_rate for one in groups.values()])
     backbone, head = np.transpose(rates)
     assert head[0] == pytest.approx(0.2) and head[3] == pytest.approx(1.0)
     assert np.argmax(head) == 3 and np.all(np.diff(head[3:]) < 0)
