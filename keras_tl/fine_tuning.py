@@ -81,7 +81,8 @@ def fine_tune(
             `layerwise_learning_rates` returns. Or `"auto"`, which finds it: fine-tuning starts at
             the default rate of the optimizer's class, and goes down by thirds, each time from the
             best weights so far; see `UnfreezeAtConvergence`. Defaults to `None`: that of
-            `optimizer`, those of the model's own `GroupOptimizer`, or else `1e-5`.
+            `optimizer`, those of the model's own `GroupOptimizer`, `"auto"` with validation data,
+            or else `1e-5`.
         backbone: The layer, model or list of layers to unfreeze, their names, or a function of the
             model that returns them. Defaults to every `FrozenBackbone` in the model, or else its
             attribute `backbone`.

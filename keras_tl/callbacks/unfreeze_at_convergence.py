@@ -20,9 +20,9 @@ from keras_tl.interpolation import check_fraction
 from keras_tl.messages import html_table
 from keras_tl.optimizers.learning_rates import LearningRate
 from keras_tl.stages import switching
-from keras_tl.stages.annealing import AUTO, WARMUP_STEPS, is_auto
+from keras_tl.stages.annealing import AUTO, is_auto
 from keras_tl.stages.run import Run
-from keras_tl.stages.stage import Stage, check_one_rate, check_stages
+from keras_tl.stages.stage import DEFAULT_RATE, Stage, check_one_rate, check_stages
 from keras_tl.stages.staged_model import StagedModel
 from keras_tl.stages.transition import Transition
 
@@ -66,9 +66,12 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             The learning rate of stage 1. Or `"auto"`, which finds it: stage 1 has the default rate
             of the optimizer's class (1e-3 of Adam), and each stage after it a third of the one
             before (down to 1e-5), from the best weights so far. So a rate that only hurts costs its
-            epochs and nothing else. Each has `fine_tune_patience`. Once a rate has helped, training
-            stops with the first lower one that does not. Defaults to `None`: that of `optimizer`,
-            those of the model's own `GroupOptimizer`, or else `1e-5`.
+            epochs and nothing else. Each has `fine_tune_patience`, or as many epochs as twice
+            `warmup_steps` where those are more. Once a rate has helped, training stops after two
+            lower ones that have not. Defaults to `None`: that of `optimizer`, or those of the
+            model's own `GroupOptimizer`; else `"auto"` where fine-tuning is judged on validation
+            data (`monitor` begins with `"val_"`) and neither `stages`, `head_learning_rate`,
+            `fine_tune_patience=None` nor `restore_best_weights=False` is given; else `1e-5`.
         backbone: The layer, model or list of layers to unfreeze; their names in the model (of
             nested ones `outer/inner`); or a function of the model that returns them. Names and
             functions also serve where the model is made later, as in a KerasTuner search. Defaults
@@ -102,7 +105,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             with `stages`, `learning_rate_backbone_1` and so on, for what joined in each).
             Defaults to `None`: one new optimizer with `learning_rate` for all.
         warmup_steps: Int. Steps after a switch in which the learning rate of what is new rises
-            linearly from zero to the stage's. Defaults to `None`: 30 with `learning_rate="auto"`,
+            linearly from zero to the stage's. Defaults to `None`: 30 where a rate is to be found,
             or else none.
         fine_tune_patience: Int or None. Epochs without improvement in the last stage after which
             training stops. None trains to the last epoch. With `learning_rate="auto"`, that many
@@ -248,11 +251,8 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         if optimizer is not None:
             switching.check_fresh(optimizer)
             check_one_rate(learning_rate, optimizer)
-        auto = is_auto(self.stages[-1].learning_rate)
-        if auto:
+        if is_auto(self.stages[-1].learning_rate):
             self._check_auto()
-        if warmup_steps is None:
-            warmup_steps = WARMUP_STEPS if auto else 0
         self.warmup_steps = warmup_steps
         if warmup_steps:
             check_can_be_set("warmup_steps", *[one.learning_rate for one in self.stages], optimizer)
@@ -274,6 +274,13 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         last = self.stages[-1]
         limits = (self.fine_tune_patience, last.patience, last.epochs)
         return any(limit is not None for limit in limits)
+
+    @property
+    def default_rate(self) -> float | str:
+        """The learning rate where nothing says one."""
+        judged = self.monitor.startswith("val_") and self.restore_best_weights and self._last_ends
+        plain = self._schedule is None and self.head_learning_rate is None
+        return AUTO if judged and plain else DEFAULT_RATE
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Has the hook of a subclass do what ours does, whether or not it calls `super()`."""
@@ -345,6 +352,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             exactly=self._schedule is not None,
             backbone=self.backbone,
             optimizer=self.optimizer,
+            default_rate=self.default_rate,
         )
         staged.enter_directly(stage)
         self._entered = weakref.ref(model)

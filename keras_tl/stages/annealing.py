@@ -2,14 +2,17 @@
 
 Each rate is a stage of its own, from the best weights so far, with a new optimizer. So a rate that
 only hurts costs its epochs and nothing else, and the next one starts where it has started. Once a
-rate has helped, the first lower one that does not ends the run. No rate depends on what a run has
-measured, or on the rate that the model has now: a run that is resumed has the same ones.
+rate has helped, two lower ones that do not end the run; after one, the next may yet improve on what
+was luck, for with little data to validate on the best epoch of a high rate is often that. No rate
+depends on what a run has measured, or on the rate that the model has now: a run that is resumed has
+the same ones.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import inspect
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -79,14 +82,39 @@ def with_rates(stages: Sequence[Stage], optimizer: keras.Optimizer) -> tuple[lis
     return [*others, *found], len(stages)
 
 
+def warmup_steps(given: int | None, finds_rate: bool) -> int:
+    """Returns the steps of warm-up after a switch: as given, or enough for a rate to be found."""
+    if given is not None:
+        return given
+    return WARMUP_STEPS if finds_rate else 0
+
+
+def least_patience(warmup_steps: int, steps: int) -> int:
+    """Returns for how many epochs without improvement a rate is tried at least.
+
+    That is twice the warm-up: epochs of few steps, in the middle of which a rate is still low, say
+    little about it.
+
+    Args:
+        warmup_steps: Int. The steps of the warm-up.
+        steps: Int. Steps in an epoch; 0 if that is not known.
+
+    Example:
+
+    >>> least_patience(30, 7), least_patience(30, 100)
+    (9, 1)
+    """
+    return math.ceil(2 * warmup_steps / steps) if steps else 0
+
+
 def brings_nothing(progress: Progress, first: int) -> bool:
-    """Whether the current rate has not helped, after one that has: lower ones will not either.
+    """Whether this rate and the one before have not helped, after one that has.
 
     Args:
         progress: The `Progress` of the run.
         first: Int. The number of the first stage that looks for a rate.
     """
-    return not _improved_since(progress, progress.stage) and _improved_since(progress, first)
+    return _improved_since(progress, first) and not _improved_since(progress, progress.stage - 1)
 
 
 def only_hurts(progress: Progress, first: int) -> bool:

@@ -33,6 +33,9 @@ class Decisions:
             rate each, which are the last ones, and all have the patience of the last. None: there
             are none.
 
+    Attributes:
+        least_patience: Int. Epochs without improvement that a stage that tries a rate has at least.
+
     Example:
 
     >>> decisions = Decisions([Stage("all", 1e-5)], MonitoredValue("val_loss", "min"), patience=1)
@@ -63,16 +66,19 @@ class Decisions:
         self._max_frozen_epochs = max_frozen_epochs
         self._fine_tune_patience = fine_tune_patience
         self._first_annealed = len(stages) + 1 if first_annealed is None else first_annealed
+        self.least_patience = 0
 
     def limits(self, stage: int) -> tuple[int | None, int | None]:
         """Returns after how many epochs without improvement, and of all, a stage ends."""
         if stage == 0:
             return self._patience, self._max_frozen_epochs
-        own = self._stages[stage - 1]
-        if own.patience is not None or own.epochs is not None:
-            return own.patience, own.epochs
-        of_the_last = stage >= min(self._first_annealed, len(self._stages))
-        return (self._fine_tune_patience if of_the_last else self._patience), None
+        patience, epochs = self._stages[stage - 1].patience, self._stages[stage - 1].epochs
+        if patience is None and epochs is None:
+            of_the_last = stage >= min(self._first_annealed, len(self._stages))
+            patience = self._fine_tune_patience if of_the_last else self._patience
+        if patience is not None and stage >= self._first_annealed:
+            patience = max(patience, self.least_patience)
+        return patience, epochs
 
     def new_judge(self, stage: int) -> ConvergenceMonitor:
         """Returns a judge of a stage's convergence that has seen nothing yet."""
@@ -127,7 +133,7 @@ class Decisions:
     def _end_stage(self, progress: Progress, epoch: int, ended: str | None) -> None:
         if ended is not None and progress.stage >= self._first_annealed:
             if brings_nothing(progress, self._first_annealed):
-                why = f"{self.explained(progress, ended)}, and a lower learning rate has not helped"
+                why = f"{self.explained(progress, ended)}, and two lower rates have not helped"
                 progress.stop_reason = _stopped(epoch, why)
                 return
             if only_hurts(progress, self._first_annealed):
@@ -155,6 +161,7 @@ class Decisions:
         if value is not None:
             # Also with no patience at all: the judge knows which weights are a stage's best.
             progress.judge = progress.judge or self.new_judge(progress.stage)
+            progress.judge.patience = patience or 0
             if progress.judge.update(epoch, value) and patience is not None:
                 return "converged"
         if epochs is not None and progress.stage_epochs >= epochs:

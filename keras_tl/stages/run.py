@@ -10,9 +10,11 @@ import keras
 from keras_tl.backbone.selecting import is_built
 from keras_tl.internals.callback_list import callbacks_beside, data_of_fit
 from keras_tl.internals.models import keeps_no_optimizer, unset_initial_epoch
+from keras_tl.internals.optimizers import steps_of
 from keras_tl.messages import say
 from keras_tl.optimizers.groups import learning_rate_of
 from keras_tl.stages import early_stops, observers, tensorboard
+from keras_tl.stages.annealing import least_patience, warmup_steps
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.deciding import Decisions
 from keras_tl.stages.interpolating import (
@@ -84,7 +86,9 @@ class Run:
             exactly=exactly,
             backbone=callback.backbone,
             optimizer=callback.optimizer,
+            default_rate=callback.default_rate,
         )
+        self._warmup_steps = warmup_steps(callback.warmup_steps, self._staged.finds_rate)
         self._decisions = Decisions(
             self._staged.stages,
             MonitoredValue(callback.monitor, callback.mode, model),
@@ -101,12 +105,13 @@ class Run:
             self._staged,
             self._decisions,
             self._rates,
-            warmup_steps=callback.warmup_steps,
+            warmup_steps=self._warmup_steps,
             keeps_start=callback.interpolate is not None,
         )
         if last is not None:
             last.state.finish_warm_up()  # Of a fit that was interrupted.
             self.state.renewed_optimizer = last.state.renewed_optimizer
+        self._steps_before = 0
         self._prepared = is_built(model)
         self._optimizer_use: OptimizerUse | None = None
         self._kept: KeptRun | None = None
@@ -137,7 +142,7 @@ class Run:
         if self._prepared:
             self._find_stage()
         if self.stage == 0:
-            self._staged.check_renewable(self._callback.warmup_steps)
+            self._staged.check_renewable(self._warmup_steps)
             self._staged.check_frozen_stage()
         self._staged.try_switches(self.stage)
         self._optimizer_use = OptimizerUse(self._model)
@@ -164,6 +169,7 @@ class Run:
         if reason is not None:
             self._switch(epoch, reason)
         self._rates.epoch = epoch
+        self._steps_before = steps_of(self._model.optimizer)
 
     def begin_step(self, batch: int) -> None:
         """Does what a step needs; a second call for the same one changes nothing."""
@@ -184,6 +190,9 @@ class Run:
             self._optimizer_use = None
         data = data_of_fit(self._callback)
         validates = "validation_data" in data if data else None
+        # Counted, for of a generator nobody else knows.
+        steps = steps_of(model.optimizer) - self._steps_before
+        self._decisions.least_patience = least_patience(self._warmup_steps, steps)
         value = self._decisions.decide(
             state.progress, epoch, logs, stopped_early=stopped_early, validates=validates
         )

@@ -43,6 +43,8 @@ class StagedModel:
         backbone: A layer, model or list of layers of the model, names of these, or a function of
             the model. None means each `FrozenBackbone`, or else `model.backbone`.
         optimizer: An optimizer to use instead of a copy of the compiled one.
+        default_rate: Float or `"auto"`. The learning rate where neither a stage nor an optimizer
+            says one. Defaults to `1e-5`.
 
     Attributes:
         first_annealed: Int. The number of the first of the stages that try one learning rate each,
@@ -61,6 +63,7 @@ class StagedModel:
         exactly: bool,
         backbone: BackboneOf | None = None,
         optimizer: keras.Optimizer | None = None,
+        default_rate: float | str = DEFAULT_RATE,
     ):
         if model.optimizer is None:
             raise ValueError(
@@ -71,9 +74,10 @@ class StagedModel:
         self._exactly = exactly
         self._optimizer = optimizer
         self._keeps_groups = self._has_groups_of_its_own(stages)
-        has_rates = self._keeps_groups or optimizer is not None
-        stages, self.first_annealed = annealing.with_rates(stages, optimizer or model.optimizer)
-        self._stages = list(stages) if has_rates else [_with_rate(stage) for stage in stages]
+        if not self._keeps_groups and optimizer is None:
+            stages = [_with_rate(stage, default_rate) for stage in stages]
+        rated = annealing.with_rates(stages, optimizer or model.optimizer)
+        self._stages, self.first_annealed = rated
         # A schedule that says "lora" means more than that by "all".
         beyond_lora = any(is_lora(stage.layers) for stage in stages)
         self.backbones = Backbones(model, backbone, beyond_lora=beyond_lora)
@@ -83,6 +87,11 @@ class StagedModel:
     def stages(self) -> list[Stage]:
         """List of `Stage`, each with a learning rate unless the optimizer's is meant."""
         return self._stages
+
+    @property
+    def finds_rate(self) -> bool:
+        """Bool. Whether the last of the stages try one learning rate each."""
+        return self.first_annealed <= len(self._stages)
 
     @property
     def names(self) -> str:
@@ -348,8 +357,8 @@ class StagedModel:
         return rates if rates.is_for(own) else rates.for_backbone(self.backbones.layers)
 
 
-def _with_rate(stage: Stage) -> Stage:
-    """Returns a stage with the default where neither it nor an optimizer says a learning rate."""
+def _with_rate(stage: Stage, default: float | str) -> Stage:
+    """Returns a stage with the default where it says no learning rate."""
     if stage.learning_rate is not None:
         return stage
-    return dataclasses.replace(stage, learning_rate=DEFAULT_RATE)
+    return dataclasses.replace(stage, learning_rate=default)

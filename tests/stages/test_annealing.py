@@ -6,7 +6,7 @@ import keras
 import pytest
 
 from keras_tl import Stage
-from keras_tl.stages.annealing import first_rate, with_rates
+from keras_tl.stages.annealing import first_rate, least_patience, with_rates
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.deciding import Decisions
 from keras_tl.stages.monitored_value import MonitoredValue
@@ -61,17 +61,22 @@ def test_stages_without_auto_stay():
 
 
 def test_a_rate_that_helps_is_followed_by_a_third_of_it():
-    tried, reasons, stopped = rates_tried([9, 9, 8, 7, 7, 6, 6, 6, 6])
-    assert tried == [0, 0, 1, 1, 1, 2, 2, 3, 3]
-    assert reasons == ["converged", "converged", "converged"]
-    assert "a lower learning rate has not helped" in stopped
+    tried, reasons, stopped = rates_tried([9, 9, 8, 7, 7, 6, 6, 6, 6, 6, 6, 6])
+    assert tried == [0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert reasons == ["converged"] * 4
+    assert "two lower rates have not helped" in stopped
+
+
+def test_after_one_rate_that_has_not_helped_the_next_may():
+    tried, *_ = rates_tried([9, 9, 8, 8, 8, 8, 7, 7, 7, 7, 7, 7])
+    assert tried == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
 
 
 def test_rates_that_only_hurt_are_followed_until_one_helps():
-    tried, reasons, stopped = rates_tried([5, 5, 8, 8, 7, 7, 4, 4, 4, 4])
+    tried, reasons, stopped = rates_tried([5, 5, 8, 8, 4, 4, 4, 4, 4, 4])
     assert tried == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
-    assert reasons == ["converged", "not_improved", "not_improved", "converged"]
-    assert "a lower learning rate has not helped" in stopped
+    assert reasons == ["converged", "not_improved", "converged", "converged"]
+    assert "two lower rates have not helped" in stopped
 
 
 def test_ends_after_the_last_rate_if_none_helps():
@@ -109,6 +114,23 @@ def test_stages_before_it_end_as_they_do():
 def test_each_rate_has_the_patience_of_fine_tuning():
     tried, *_ = rates_tried([9, 9, 9, 8, 8, 8, 7, 7], patience=2)
     assert tried == [0, 0, 0, 1, 1, 2, 2, 2]
+
+
+def test_epochs_of_few_steps_are_as_many_as_twice_the_warm_up():
+    stages, first = with_rates([Stage(1, 1e-4), Stage("all", "auto")], keras.optimizers.Adam())
+    decisions = Decisions(
+        stages, MonitoredValue("score", "min"), fine_tune_patience=3, first_annealed=first
+    )
+    decisions.least_patience = least_patience(warmup_steps=30, steps=7)
+    assert [decisions.limits(stage)[0] for stage in range(7)] == [3, 3, 9, 9, 9, 9, 9]
+    decisions.least_patience = least_patience(warmup_steps=30, steps=100)
+    assert {decisions.limits(stage)[0] for stage in range(7)} == {3}
+    progress = Progress(stage=2, best=BestWeights("min"))
+    decisions.least_patience = 9
+    for epoch in range(10):
+        assert progress.switch_reason is None
+        decisions.decide(progress, epoch, {"score": 1.0})
+    assert progress.switch_reason == "not_improved"
 
 
 def test_says_that_a_lower_rate_is_next():
