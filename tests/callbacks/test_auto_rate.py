@@ -276,7 +276,7 @@ def test_without_any_argument_it_is_found_by_validation_data(found):
     # Each epoch is worse than the head's first.
     script = Scripted("val_loss", [1, 2, 2, 2] + [3] * 40)
     callback = UnfreezeAtConvergence(verbose=0, **({} if found else {"learning_rate": 1e-5}))
-    settings = {"batch_size": 1, "epochs": 24, "verbose": 0}
+    settings = {"batch_size": 1, "epochs": 29, "verbose": 0}
     history = model.fit(X, Y, callbacks=[script, callback], **settings).history
     assert [one.stage for one in callback.transitions] == ([1, 2, 3, 4, 5] if found else [1])
     assert history["learning_rate"][7] == pytest.approx(1e-3 if found else 1e-5)
