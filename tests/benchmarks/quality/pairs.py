@@ -63,14 +63,14 @@ def cells(cache):
     _installed("elpv_dataset", install)
     from elpv_dataset.utils import load_dataset
 
-    backbone = _efficientnet_lite(64)
+    backbone = _efficientnet_lite(48)
     images, defective, _ = load_dataset()
     clear = (defective < 0.1) | (defective > 0.9)
     images, labels = images[clear], (defective[clear] > 0.5).astype("int64")
     images = images[..., np.newaxis].astype("float32")
-    small = keras.ops.image.resize(images, (64, 64), antialias=True)
+    small = keras.ops.image.resize(images, (48, 48), antialias=True)
     images = np.array(small) * np.ones(3, "float32")
-    data = _split(images, labels, "cells", train=200, validation=150, test=800)
+    data = _split(images, labels, "cells", train=150, validation=150, test=800)
     return Pair(data, backbone, keras.layers.GlobalAveragePooling2D, 2, 16, (1e-3, 3e-4, 1e-4))
 
 

@@ -44,6 +44,15 @@ def ours(pair, train, validation, rate, **settings):
     return model
 
 
+def cosine(pair, train, validation, rate, epochs=20):
+    """Trains the same with one rate that rises and then falls to nothing, as many do."""
+    steps = epochs * math.ceil(len(train[0]) / pair.batch_size)
+    schedule = keras.optimizers.schedules.CosineDecay(
+        rate / 100, steps * 4 // 5, warmup_target=rate, warmup_steps=steps // 5
+    )
+    return ours(pair, train, validation, schedule)
+
+
 class OneCycle(keras.callbacks.Callback):
     """Raises the learning rates of all groups to their highest, and lowers them to nothing.
 
@@ -105,6 +114,9 @@ WAYS = {
     "keras_tl": (ours, (None,)),
     "keras_tl, 1e-5": (ours, (1e-5,)),
     "keras_tl, interpolate=0.5": (functools.partial(ours, interpolate=0.5), (None,)),
+    "keras_tl, one frozen epoch": (functools.partial(ours, max_frozen_epochs=1), (None,)),
+    'keras_tl, layers="scales"': (functools.partial(ours, layers="scales"), (None,)),
+    "keras_tl, cosine decay": (cosine, None),
     "everything, FrozenBackbone": (functools.partial(everything, wrapped=True), None),
     "everything, plain": (everything, None),
     "fastai's recipe": (fastai, (1e-2, 2e-3)),
