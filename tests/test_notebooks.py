@@ -41,7 +41,7 @@ def test_a_report_shows_as_the_table_that_it_prints(model):
 
 @pytest.mark.eager
 def test_a_callback_shows_its_switches(model):
-    switch = UnfreezeAtConvergence(max_frozen_epochs=1, verbose=0)
+    switch = UnfreezeAtConvergence(1e-5, max_frozen_epochs=1, verbose=0)
     assert repr(switch) == "<UnfreezeAtConvergence monitor='val_loss' stage=0 of 1>"
     assert "<table>" not in switch._repr_html_()
     model.fit(X, Y, epochs=2, validation_data=(X, Y), verbose=0, callbacks=[switch])
