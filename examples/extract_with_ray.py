@@ -71,18 +71,18 @@ def make_model(size, weights):
 
 @ray.remote(num_cpus=1, max_retries=1)
 def extract(folder, index, count, size):
-    """Records every `WORKERS`-th batch from `index` on. Returns whether its worker is the second."""
+    """Records every `WORKERS`-th batch from `index` on. Returns whether a worker died of it."""
     folder = pathlib.Path(folder)
-    # The first worker dies in the middle, once.
-    once = folder / "killed"
-    kill = index == 0 and not once.exists()
+    once = folder / f"started {index}"
+    again = once.exists()
     once.touch()
-    cache = FeatureCache(
-        make_model(size, folder / "base.weights.h5"), cache_dir=folder / "features"
-    )
-    images = Images(count, size, killed_at=count // 2 if kill else None)
+    # The first worker dies in the middle, once.
+    killed_at = count // 2 if index == 0 and not again else None
+    model = make_model(size, folder / "base.weights.h5")
+    cache = FeatureCache(model, cache_dir=folder / "features")
+    images = Images(count, size, killed_at)
     cache(images, shuffle=False, shard=(index, WORKERS), name="training", verbose=0)
-    return there
+    return again
 
 
 def main():
@@ -96,7 +96,7 @@ def main():
         folder = pathlib.Path(name)
         model = make_model(size, folder / "base.weights.h5")  # Which the workers read.
         again = ray.get([extract.remote(name, one, count, size) for one in range(WORKERS)])
-        print(f"parts that took a second worker: {again}")
+        print(f"parts whose first worker died: {[i for i, one in enumerate(again) if one]}")
         cache = FeatureCache(model, cache_dir=folder / "features")
         features = cache(Images(count, size), name="training", verbose=0)
         history = cache.head.fit(features, epochs=3, shuffle=False, verbose=2)

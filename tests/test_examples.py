@@ -17,6 +17,7 @@ SHOWS = {
     "cached_features": r"features: [\d.]+ s \(\d+x\)(.|\n)*stages of the epochs: \[0, 0, 1, 1\]",
     "cats_vs_dogs": r"unfreezes \"xception\"(.|\n)*bit for bit\.\n(.|\n)*accuracy on test: 0\.\d+",
     "custom_training_loop": r"2 layers join\n(.|\n)*bit for bit\naccuracy on held-out",
+    "extract_with_ray": r"first worker died: \[0\]\n(.|\n)*of all workers: 3",
     "gradual_unfreezing": r"by hand\n(.|\n)*: block1_conv\n(.|\n)*, backbone_3 9e-05 to 0\.001\)",
     "keras_hub_task": r"unfreezes \"(.|\n)*predictions equal bit for bit: True",
     "keras_hub_text": r"stages \[0, 0, 1.*\n(.|\n)*stages \[0, 0, 1, 1, 2, 2\]",
@@ -52,6 +53,8 @@ def test_runs_in_its_small_form(name, tmp_path):
         pytest.importorskip("sklearn")
     if name.startswith("keras_hub"):
         pytest.importorskip("keras_hub")
+    if name == "extract_with_ray":
+        pytest.importorskip("ray")
     if name == "custom_training_loop" and keras.backend.backend() != "tensorflow":
         pytest.skip("The training loop is TensorFlow's.")
     done = run(name, "--small", folder=tmp_path)
