@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -22,6 +22,7 @@ from keras_tl.backbone.hand_frozen import (
 )
 from keras_tl.backbone.lora import is_lora, lora_weights, weights_lora_leaves
 from keras_tl.backbone.paths import layer_paths, weight_paths
+from keras_tl.backbone.scales import is_scales, scale_weights
 from keras_tl.backbone.selecting import (
     ALLOWED,
     Backbone,
@@ -51,11 +52,13 @@ def freeze(backbone: Backbone, layers: Selection = "all") -> None:
     Raises:
         ValueError: If `layers` selects nothing.
     """
-    only_lora = is_lora(layers)
+    part_of = _part(layers)
+    weights_of = part_of or own_trainable_weights
     for layer in flatten_layers(select_layers(backbone, layers, count_batchnorm=True)):
-        for weight in lora_weights(layer) if only_lora else own_trainable_weights(layer):
+        for weight in weights_of(layer):
             set_weight_flag(weight, False)
-        set_layer_flag(layer, only_lora and layer.trainable and _has_trainable_part(layer))
+        keeps_rest = part_of is not None and layer.trainable and _has_trainable_part(layer)
+        set_layer_flag(layer, keeps_rest)
     # From the inside out: a model counts as trainable for as long as something in it is.
     for layer in reversed(flatten_layers(backbone)):
         if layer.trainable and sublayers(layer):
@@ -78,9 +81,10 @@ def unfreeze(
     Args:
         backbone: A layer, a model, or a list of layers.
         layers: Which layers; see `selecting.select_layers`. Of `"lora"` only the weights that
-            LoRA added. A name, a list of names, a regular expression, a function and
-            `"lora"` name the layers that they select. An int and `"all"` name
-            none, and nor does an expression or a function that selects all that `"all"` does.
+            LoRA added, of `"scales"` only biases and scales. A name, a list of names, a regular
+            expression, a function and `"lora"` name the layers that they select. An int, `"all"`
+            and `"scales"` name none, and nor does an expression or a function that selects all
+            that `"all"` does.
         train_batchnorm: Bool. Whether selected BatchNormalization layers become trainable too.
         hand_frozen: What was frozen by hand.
 
@@ -284,7 +288,7 @@ def _is_catch_all(
     layers: Selection, members: list[keras.Layer], everything: list[keras.Layer]
 ) -> bool:
     """Whether a selection says as much as "all", or as little: it names no layer."""
-    if layers == "all" or isinstance(layers, int):
+    if layers == "all" or is_scales(layers) or isinstance(layers, int):
         return True
     selected = {id(layer) for layer in members}
     return not _is_names(layers) and all(
@@ -307,7 +311,7 @@ def _trainable_in(
     hand_frozen: HandFrozen,
 ) -> list[keras.Variable]:
     kept = {id(weight) for weight in hand_frozen.weights}
-    weights_of = lora_weights if is_lora(layers) else weights_lora_leaves
+    weights_of = _part(layers) or weights_lora_leaves
     weights = [
         weight for layer in members for weight in weights_of(layer) if id(weight) not in kept
     ]
@@ -319,6 +323,13 @@ def _trainable_in(
             f"unless they are named; layers that are not built have no weights yet. {ALLOWED}"
         )
     return weights
+
+
+def _part(layers: Selection) -> Callable[[keras.Layer], list[keras.Variable]] | None:
+    """The function that finds what a selection means of each layer, None if it is all of it."""
+    if is_lora(layers):
+        return lora_weights
+    return scale_weights if is_scales(layers) else None
 
 
 def _has_trainable_part(layer: keras.Layer) -> bool:

@@ -14,6 +14,7 @@ import keras
 
 from keras_tl.backbone.lora import lora_weights
 from keras_tl.backbone.paths import layer_paths, weight_paths
+from keras_tl.backbone.scales import trains_scales_alone
 from keras_tl.backbone.selecting import Backbone, flatten_layers, is_batchnorm, roots
 from keras_tl.internals.layers import is_lora_backbone, own_trainable_weights, sublayers
 
@@ -96,6 +97,15 @@ def hand_frozen_weights(backbone: Backbone) -> list[keras.Variable]:
         for weight in own_trainable_weights(layer)
         if not weight.trainable
     ]
+
+
+def hand_frozen_beside_scales(backbone: Backbone) -> list[keras.Variable]:
+    """Returns the weights that were frozen one by one, where a stage may train scales alone.
+
+    A backbone of which nothing but scales trains says nothing of its kernels: so that stage looks.
+    """
+    weights = hand_frozen_weights(backbone)
+    return [] if trains_scales_alone(flatten_layers(backbone)) else weights
 
 
 def _trains_lora_alone(layer: keras.Layer) -> bool:

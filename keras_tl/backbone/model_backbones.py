@@ -9,7 +9,13 @@ from typing import Any, TypeAlias
 import keras
 
 from keras_tl.backbone import freezing
-from keras_tl.backbone.hand_frozen import NOTHING, HandFrozen, hand_frozen_weights, held_layers
+from keras_tl.backbone.hand_frozen import (
+    NOTHING,
+    HandFrozen,
+    hand_frozen_beside_scales,
+    hand_frozen_weights,
+    held_layers,
+)
 from keras_tl.backbone.selecting import (
     Backbone,
     Selection,
@@ -42,13 +48,20 @@ class Backbones:
             `model.backbone`, as KerasHub's tasks have it.
         beyond_lora: Bool. Whether `"all"` selects also what `enable_lora` froze, since `"lora"`
             selects the rest.
+        knows_scales: Bool. Whether a stage selects `"scales"`, so that kernels of a plain backbone
+            that are frozen beside them are not taken for frozen by hand.
 
     Raises:
         ValueError: If there is no such backbone in the model.
     """
 
     def __init__(
-        self, model: keras.Model, backbone: BackboneOf | None, *, beyond_lora: bool = False
+        self,
+        model: keras.Model,
+        backbone: BackboneOf | None,
+        *,
+        beyond_lora: bool = False,
+        knows_scales: bool = False,
     ):
         wrappers = _wrappers(model)
         if backbone is None:
@@ -66,7 +79,8 @@ class Backbones:
         self.plain = [layer for layer in given if not isinstance(layer, FrozenBackbone)]
         self._beyond_lora = beyond_lora
         # A whole layer that is frozen says nothing: in a plain backbone that is how stage 0 looks.
-        self._hand_frozen = HandFrozen(weights=hand_frozen_weights(self.plain))
+        frozen_in = hand_frozen_beside_scales if knows_scales else hand_frozen_weights
+        self._hand_frozen = HandFrozen(weights=frozen_in(self.plain))
 
     @property
     def names(self) -> str:

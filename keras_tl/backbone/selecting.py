@@ -13,6 +13,7 @@ from typing import Any, TypeAlias
 import keras
 
 from keras_tl.backbone.lora import is_lora, lora_weights
+from keras_tl.backbone.scales import is_scales, scale_weights
 from keras_tl.internals.layers import own_trainable_weights, sublayers
 from keras_tl.internals.own_fit import preparing_layers
 
@@ -21,8 +22,8 @@ Selection: TypeAlias = str | int | re.Pattern | Sequence[str] | Callable[[keras.
 Choice: TypeAlias = Selection | keras.Layer | Sequence[keras.Layer | str]
 
 ALLOWED = (
-    'Pass "all", an int, "lora", a regular expression for whole layer names, a list of names, or a '
-    "function from a layer to a bool."
+    'Pass "all", an int, "lora", "scales", a regular expression for whole layer names, a list of '
+    "names, or a function from a layer to a bool."
 )
 
 
@@ -113,11 +114,11 @@ def select_layers(
 
     Args:
         backbone: A layer, a model, or a list of layers.
-        layers: Which layers. `"all"`; `"lora"`, those with weights that `enable_lora` added; an
-            int n, the n layers nearest the output that have weights to train; a regular expression
-            that must match a layer's whole name (nested layers are named `outer/inner`); a list of
-            such names; or a function from a layer to a bool. A selected layer brings the layers in
-            it.
+        layers: Which layers. `"all"`; `"lora"`, those with weights that `enable_lora` added;
+            `"scales"`, those with biases or scales; an int n, the n layers nearest the output that
+            have weights to train; a regular expression that must match a layer's whole name
+            (nested layers are named `outer/inner`); a list of such names; or a function from a
+            layer to a bool. A selected layer brings the layers in it.
         count_batchnorm: Bool. Whether an int n counts BatchNormalization layers.
         not_counted: Layers that an int n passes over, at every depth.
         argument: String. What the caller calls `layers`, for messages.
@@ -141,6 +142,8 @@ def select_layers(
         selected = roots(backbone)
     elif is_lora(layers):
         selected = _with_lora(backbone, argument)
+    elif is_scales(layers):
+        selected = _with_scales(backbone, argument)
     elif isinstance(layers, int):
         selected = _nearest_output(backbone, layers, count_batchnorm, not_counted, argument)
     elif isinstance(layers, (str, re.Pattern)):
@@ -258,6 +261,17 @@ def _with_lora(backbone: Backbone, argument: str) -> list[keras.Layer]:
             f'`{argument}="lora"`: no layer of the backbone {describe(backbone)} has LoRA weights. '
             "Call `enable_lora(rank)` of the backbone (KerasHub) or of its layers first, also of a "
             f"model that was saved and loaded: its file has them in the kernels. {ALLOWED}"
+        )
+    return selected
+
+
+def _with_scales(backbone: Backbone, argument: str) -> list[keras.Layer]:
+    selected = [layer for layer in flatten_layers(backbone) if scale_weights(layer)]
+    if not selected:
+        raise ValueError(
+            f'`{argument}="scales"`: no layer of the backbone {describe(backbone)} has biases or '
+            "scales, which are weights to train with one dimension, or named `bias`, `gamma` or "
+            f"`beta`; layers that are not built have no weights yet. {ALLOWED}"
         )
     return selected
 

@@ -330,18 +330,21 @@ class FrozenBackbone(keras.layers.Layer):
 
         Whole layers that were frozen by hand, or by `enable_lora` of a KerasHub backbone around
         those with LoRA, stay frozen unless a name, an expression or a function selects them.
-        `"all"` and an int do not (an int passes over them), nor does an expression or a function
-        that selects all that `"all"` does. A selected layer brings what was frozen in it only if
-        all of it was.
+        `"all"`, `"scales"` and an int do not (an int passes over them), nor does an expression or a
+        function that selects all that `"all"` does. A selected layer brings what was frozen in it
+        only if all of it was.
 
         Args:
             layers: Which layers. `"all"`; `"lora"`, only the weights that `enable_lora` of layers
-                or of a KerasHub backbone added; an int n, the n layers nearest the output that
-                have weights to train; a regular expression that must match a layer's whole name
-                (nested layers are named `outer/inner`); a list of such names; or a function from
-                a layer to a bool. A selected layer brings the layers in it.
+                or of a KerasHub backbone added; `"scales"`, only biases and scales (BitFit): what
+                has one dimension at most, or is named `bias`, `gamma` or `beta`; an int n, the n
+                layers nearest the output that have weights to train; a regular expression that
+                must match a layer's whole name (nested layers are named `outer/inner`); a list of
+                such names; or a function from a layer to a bool. A selected layer brings the layers
+                in it.
             train_batchnorm: Bool. Whether selected BatchNormalization layers train their gamma and
-                beta. Their moving statistics stay constant either way.
+                beta, of `"scales"` too: a MobileNet has no others. Their moving statistics stay
+                constant either way.
 
         Returns:
             The list of layers that became trainable, from input to output.

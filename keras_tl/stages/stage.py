@@ -68,6 +68,8 @@ class Stage:
     - Howard and Ruder, 2018, "Universal Language Model Fine-tuning for Text Classification"
       (gradual unfreezing)
     - Lee et al., 2023, "Surgical Fine-Tuning Improves Adaptation to Distribution Shifts"
+    - Ben Zaken et al., 2022, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
+      Masked Language-models" (`"scales"`)
     """
 
     layers: Selection
@@ -322,7 +324,7 @@ def _shown(rate: LearningRate | str | None) -> str:
 
 def _layers_shown(layers: Selection) -> str:
     if isinstance(layers, str):
-        words = {"all": "all layers", "lora": "the LoRA weights"}
+        words = {"all": "all layers", "lora": "the LoRA weights", "scales": "biases and scales"}
         return words.get(layers, f'layers "{layers}"')
     if isinstance(layers, re.Pattern):
         return f'layers "{layers.pattern}"'

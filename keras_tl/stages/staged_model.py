@@ -14,6 +14,7 @@ from keras_tl.backbone import freezing
 from keras_tl.backbone.changeable import changeable_weights
 from keras_tl.backbone.lora import is_lora
 from keras_tl.backbone.model_backbones import BackboneOf, Backbones
+from keras_tl.backbone.scales import is_scales
 from keras_tl.backbone.selecting import is_built
 from keras_tl.internals.optimizers import optimizer_weights, steps_of, without_loss_scale
 from keras_tl.optimizers import GroupOptimizer
@@ -80,7 +81,10 @@ class StagedModel:
         self._stages, self.first_annealed = rated
         # A schedule that says "lora" means more than that by "all".
         beyond_lora = any(is_lora(stage.layers) for stage in stages)
-        self.backbones = Backbones(model, backbone, beyond_lora=beyond_lora)
+        knows_scales = any(is_scales(stage.layers) for stage in stages)
+        self.backbones = Backbones(
+            model, backbone, beyond_lora=beyond_lora, knows_scales=knows_scales
+        )
         self.check_stages()
 
     @property
