@@ -151,7 +151,9 @@ class Halves:
         values = dict(zip(map(id, halves._inputs), keras.tree.flatten(given), strict=True))
         inner = [x for x in halves.tensors if id(x) not in values]
         part = _like(call.call.operation, halves.first(inner), before=True)
-        values.update(zip(map(id, inner), keras.tree.flatten(part(given, **call.call.settings)), strict=True))
+        values.update(
+            zip(map(id, inner), keras.tree.flatten(part(given, **call.call.settings)), strict=True)
+        )
         for x, y in zip(call.call.outputs, keras.tree.flatten(halves._outputs), strict=True):
             known = halves._known.get(id(y))
             if known is not None:
@@ -178,7 +180,7 @@ class Halves:
             if halves is None:
                 args, kwargs = call.call.on(tensors)
             else:
-                operation = _like(operation, halves._second_model(), before=False)
+                operation = _like(operation, halves.second_model(), before=False)
                 own = [given[id(x)] for x in crossing]
                 args, kwargs = (own[0] if len(own) == 1 else own,), call.call.settings
             returned = keras.tree.flatten(operation(*args, **kwargs))
@@ -186,7 +188,8 @@ class Halves:
         outputs = [tensors[id(x)] for x in keras.tree.flatten(self._outputs)]
         return keras.tree.pack_sequence_as(self._outputs, outputs)
 
-    def _second_model(self) -> keras.Model:
+    def second_model(self) -> keras.Model:
+        """Returns a model from the tensors to the outputs."""
         inputs = [keras.Input(batch_shape=x.shape, dtype=x.dtype) for x in self.tensors]
         outputs = self.second(inputs)
         return keras.Model(inputs[0] if len(inputs) == 1 else inputs, outputs, name=self.model.name)

@@ -85,22 +85,13 @@ class FeatureCache:
 
     def __init__(
         self,
-        model: keras.Model,
+        model: keras.Model | SplitModel,
         *,
         backbone: BackboneOf | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ):
-        self._begin(SplitModel(model, backbone), cache_dir)
-
-    @classmethod
-    def of(cls, split: SplitModel, cache_dir: str | os.PathLike[str] | None) -> FeatureCache:
-        """Returns a cache for a model that has been split already."""
-        cache = cls.__new__(cls)
-        cache._begin(split, cache_dir)
-        return cache
-
-    def _begin(self, split: SplitModel, cache_dir: str | os.PathLike[str] | None) -> None:
-        self._split = split
+        # Split already where `fine_tune` has chosen the place.
+        self._split = model if isinstance(model, SplitModel) else SplitModel(model, backbone)
         # Absolute, so that a later change of the working directory does not move it.
         self._folder = None if cache_dir is None else pathlib.Path(cache_dir).absolute()
         self._known = _Known()

@@ -88,7 +88,8 @@ class SplitModel:
             self.features = dict(spec)
             self._check_no_loss(symbolic)
             self.head = _head(model, named, spec, second)
-        self._check_order()
+        if cut is not None:
+            self._check_order()
 
     def _halves(self, cut: Cut | None) -> tuple[list[Any], Callable[[list[Any]], Any]]:
         """Returns the tensors to split at, and a function from others to the model's outputs."""
@@ -288,9 +289,14 @@ def _head(
     structure = next(iter(inputs.values())) if len(inputs) == 1 else inputs
     head = keras.Model(structure, second(masked), name=f"{model.name}_head")
     if model.compiled:
-        switching.build_optimizer(model)
-        head.compile(**compile_arguments(model))
+        recompile_head(head, model)
     return head
+
+
+def recompile_head(head: keras.Model, model: keras.Model) -> None:
+    """Compiles a head as its model is compiled now, with the same optimizer."""
+    switching.build_optimizer(model)
+    head.compile(**compile_arguments(model))
 
 
 def _operations(model: keras.Model, backbones: Backbones) -> list[keras.Layer]:

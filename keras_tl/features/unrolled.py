@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import keras
@@ -69,6 +69,7 @@ class Unrolled:
 
     Args:
         model: A Functional or built Sequential model.
+        moving: Weights that change although they do not train.
 
     Attributes:
         top: The `Level` of the model.
@@ -77,12 +78,12 @@ class Unrolled:
         outputs: List of its symbolic outputs, each as a step returns it.
     """
 
-    def __init__(self, model: keras.Model):
+    def __init__(self, model: keras.Model, *, moving: Iterable[keras.Variable] = ()):
         self.steps: list[Step] = []
         self.inputs = keras.tree.flatten(graph_inputs(model))
         self._first = {id(x): x for x in self.inputs}
         self._seen: set[int] = set(self._first)
-        self._trainable = {id(weight) for weight in model.trainable_weights}
+        self._changing = {id(weight) for weight in [*model.trainable_weights, *moving]}
         self.top = self._level(model, [], inference=False)
         self.outputs = [self._first[id(x)] for x in keras.tree.flatten(graph_outputs(model))]
 
@@ -132,7 +133,7 @@ class Unrolled:
         layer = step.call.operation
         if not isinstance(layer, keras.Layer):
             return True
-        if any(id(weight) in self._trainable for weight in layer.weights):
+        if any(id(weight) in self._changing for weight in layer.weights):
             return False
         if step.inference:
             return True

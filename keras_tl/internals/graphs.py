@@ -80,7 +80,7 @@ class GraphCall:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """Dictionary of the arguments by name that are not None, as masks are that are not there."""
+        """Dictionary of the arguments by name, but for those that are None, as a missing mask."""
         return {key: value for key, value in self.arguments.kwargs.items() if value is not None}
 
     @property
