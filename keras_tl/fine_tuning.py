@@ -2,22 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import keras
 
 from keras_tl.arguments import check_count
 from keras_tl.backbone.model_backbones import BackboneOf
+from keras_tl.backbone.selecting import choose_layers, is_built
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
-from keras_tl.errors import UncacheableError
-from keras_tl.features import FeatureCache
-from keras_tl.features.preparation import prepared
-from keras_tl.features.same_epochs import check_training_data, check_validation_data, never_ends
+from keras_tl.features.same_epochs import never_ends
+from keras_tl.features.stage_records import RecordSettings, StageRecords
 from keras_tl.internals.batches import split_off_validation
-from keras_tl.internals.randomness import random_state
 from keras_tl.messages import say
 from keras_tl.stages.joint_fits import JointFits
 
@@ -39,6 +37,8 @@ def fine_tune(
     cache_dir: str | os.PathLike[str] | None = None,
     views: int | None = None,
     dtype: str | None = None,
+    record: bool | str = "auto",
+    max_bytes: int | None = None,
     batch_size: int | None = None,
     steps_per_epoch: int | None = None,
     validation_steps: int | None = None,
@@ -98,6 +98,11 @@ def fine_tune(
             Defaults to `None`: the head then trains through the backbone.
         dtype: `"float16"` or `"bfloat16"`. The dtype to keep features in. Defaults to `None`: their
             own.
+        record: `"auto"`, True or False. Whether stages train on records of what is frozen in them.
+            `"auto"`: where that spares more time than it takes; True: wherever it can be done;
+            False: never. Defaults to `"auto"`.
+        max_bytes: Int. How many bytes of features a stage may keep, in memory or in `cache_dir`.
+            Defaults to `None`: half of what is free there.
         batch_size: Int. Samples in a batch of arrays. Defaults to `None`: 32.
         steps_per_epoch: Int. Batches in an epoch; the next epoch continues in the data.
         validation_steps: Int. Batches that are validated on, always from the start of the data.
@@ -142,7 +147,10 @@ def fine_tune(
         batch_size=batch_size,
         steps_per_epoch=steps_per_epoch,
         validation_steps=validation_steps,
+        max_bytes=max_bytes,
     )
+    if record not in ("auto", True, False):
+        raise ValueError(f'`record` must be "auto", True or False. Received: record={record!r}.')
     # A callback may change the working directory.
     cache_dir = None if cache_dir is None else os.path.abspath(cache_dir)
     if validation_split and validation_data is None:
@@ -159,56 +167,63 @@ def fine_tune(
         verbose=says,
         **unfreezing,
     )
-    fits = JointFits(_in_order(callbacks, switch, says), model, epochs=epochs, verbose=verbose)
+    in_order = _in_order(callbacks, switch, says)
+    fits = JointFits(in_order, model, epochs=epochs, verbose=verbose)
     fits.begin(x, y, sample_weight, validation_data=validation_data, class_weight=class_weight)
+    records = StageRecords(
+        model,
+        (x, y, sample_weight),
+        validation_data,
+        RecordSettings(
+            record=record,
+            max_bytes=max_bytes,
+            cache_dir=cache_dir,
+            batch_size=batch_size,
+            steps=steps_per_epoch,
+            validation_steps=validation_steps,
+            shuffle=shuffle,
+            views=views,
+            dtype=dtype,
+            verbose=says,
+        ),
+        backbone=backbone,
+        moving=_moved_by_callbacks(model, in_order),
+        say=say if says else _nothing,
+    )
     steps = None
-    if switch.stage == 0 and not switch.decided:
-        # What a recording that is given up has drawn must not change the training after it.
-        put_back_random_state = random_state()
-        try:
-            head, features, held_out = _recorded(
-                model,
-                (x, y, sample_weight),
-                validation_data,
-                backbone=backbone,
-                cache_dir=cache_dir,
-                batch_size=batch_size,
-                steps=steps_per_epoch,
-                validation_steps=validation_steps,
-                shuffle=shuffle,
-                views=views,
-                dtype=dtype,
-                verbose=says,
-            )
-        except UncacheableError as error:
-            put_back_random_state()
-            if says:
-                say(f"fine_tune trains the head through the backbone. {error}")
-        else:
-            steps = int(features.cardinality())
+    while fits.epochs_left:
+        if switch.decided:
+            # The switch, as records are of what is frozen after it.
+            fits.begin_epoch(steps=steps)
+        training = records.of(switch.stage, epochs=_epochs_of_stage(switch, fits.epochs_left))
+        if training is not None:
+            steps = training.steps
             fits.fit(
-                head,
-                features,
+                training.model,
+                training.features,
                 steps=steps,
                 shuffle=False,  # The features are.
                 until=lambda: switch.decided,
-                validation_data=held_out,
+                validation_data=training.held_out,
                 class_weight=class_weight,
             )
-    # All that is left: fine-tuning, and the frozen stage too if nothing was recorded.
-    fits.fit(
-        model,
-        x,
-        y,
-        steps=steps,
-        sample_weight=sample_weight,
-        validation_data=validation_data,
-        batch_size=batch_size,
-        steps_per_epoch=steps_per_epoch,
-        validation_steps=validation_steps,
-        shuffle=shuffle,
-        class_weight=class_weight,
-    )
+            continue
+        fits.fit(
+            model,
+            x,
+            y,
+            steps=steps,
+            # All that is left, where no stage can be recorded.
+            until=lambda: switch.decided and not records.given_up,
+            sample_weight=sample_weight,
+            validation_data=validation_data,
+            batch_size=batch_size,
+            steps_per_epoch=steps_per_epoch,
+            validation_steps=validation_steps,
+            shuffle=shuffle,
+            class_weight=class_weight,
+        )
+    records.release()
     fits.end(validation_data=validation_data)
     return fits.history
 
@@ -241,43 +256,24 @@ def _in_order(
     return [*others, switch, *(guards or [FreezeGuard(verbose=verbose)])]
 
 
-def _recorded(
-    model: keras.Model,
-    data: tuple[Any, Any, Any],
-    validation_data: Any,
-    *,
-    backbone: BackboneOf | None,
-    cache_dir: str | None,
-    batch_size: int | None,
-    steps: int | None,
-    validation_steps: int | None,
-    shuffle: bool,
-    views: int | None,
-    dtype: str | None,
-    verbose: Any,
-) -> tuple[keras.Model, Any, Any]:
-    """Returns the head, and features of the training and of the validation data.
+def _moved_by_callbacks(
+    model: keras.Model, callbacks: Sequence[keras.callbacks.Callback]
+) -> list[keras.Variable]:
+    """Returns the weights that guards leave out, for something else changes them."""
+    guards = [one for one in callbacks if isinstance(one, FreezeGuard)]
+    left_out = [one.exclude for one in guards if one.exclude is not None]
+    if not is_built(model):
+        return []
+    layers = [layer for one in left_out for layer in choose_layers(model, one, "exclude")]
+    return [weight for layer in layers for weight in layer.weights]
 
-    Raises:
-        UncacheableError: If there are none that stand for every epoch.
-    """
-    random = views is not None
-    check_training_data(
-        *prepared(model, *data, batch_size=batch_size),
-        batch_size=batch_size,
-        steps=steps,
-        random=random,
-    )
-    check_validation_data(validation_data, steps=validation_steps)
-    cache = FeatureCache(model, backbone=backbone, cache_dir=cache_dir)
-    record = functools.partial(cache, batch_size=batch_size, dtype=dtype, verbose=verbose)
-    features = record(*data, steps=steps, shuffle=shuffle, views=views, name="training")
-    if validation_data is None:
-        return cache.head, features, None
-    several = isinstance(validation_data, (tuple, list))
-    held_out = validation_data if several else (validation_data,)
-    # In the order of the data and without what is random, as `evaluate` reads it.
-    validation = record(
-        *held_out, steps=validation_steps, shuffle=False, training=False, name="validation"
-    )
-    return cache.head, features, validation
+
+def _epochs_of_stage(switch: UnfreezeAtConvergence, left: int) -> int:
+    """Returns how many epochs the stage may have, with those after it that train the same."""
+    if switch.stage not in range(1, len(switch.stages)):
+        return left  # The last one may be several, at falling rates.
+    return min(left, switch.stages[switch.stage - 1].epochs or left)
+
+
+def _nothing(message: str) -> None:
+    """Says nothing."""

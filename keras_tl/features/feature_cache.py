@@ -85,16 +85,25 @@ class FeatureCache:
 
     def __init__(
         self,
-        model: keras.Model,
+        model: keras.Model | SplitModel,
         *,
         backbone: BackboneOf | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ):
-        self._split = SplitModel(model, backbone)
+        # Split already where `fine_tune` has chosen the place.
+        self._split = model if isinstance(model, SplitModel) else SplitModel(model, backbone)
         # Absolute, so that a later change of the working directory does not move it.
         self._folder = None if cache_dir is None else pathlib.Path(cache_dir).absolute()
         self._known = _Known()
+        self._readers: list[weakref.ref[RecordReader]] = []
         self.head = self._split.head
+
+    def release(self) -> None:
+        """Frees the memory of all features in memory, which can no longer be read."""
+        for known in self._readers:
+            reader = known()
+            if reader is not None:
+                reader.release()
 
     def __call__(
         self,
@@ -194,8 +203,10 @@ class FeatureCache:
         by_pass = [
             [shard for part in parts for shard in part[view]] for view in range(settings.passes)
         ]
+        reader = RecordReader(records, [shard for shards in by_pass for shard in shards])
+        self._readers.append(weakref.ref(reader))
         return dataset_of(
-            RecordReader(records, [shard for shards in by_pass for shard in shards]),
+            reader,
             lambda flat: self._packed(flat, source.spec),
             batches=positions_of_batches([part[0] for part in parts]),
             views=settings.passes,

@@ -68,6 +68,12 @@ class RecordReader:
                 self._read_record(shard, index, row)
         return arrays
 
+    def release(self) -> None:
+        """Lets go of records in memory, which the data set would keep. None are read after it."""
+        if self._in_memory is not None:
+            # Copies, as a slice would keep all of the array.
+            self._in_memory = [np.copy(values[:0]) for values in self._in_memory]
+
     def _read_record(self, shard: int, index: int, fields: Sequence[memoryview]) -> None:
         file = self._file(shard)
         offset = len(self._shards[shard].header)

@@ -1,8 +1,8 @@
-"""A model in two: up to its frozen backbone, and the head after it."""
+"""A model in two: up to its frozen backbone, or what of it is frozen, and the head after it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -11,6 +11,9 @@ from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import describe, flatten_layers
 from keras_tl.errors import UncacheableError
 from keras_tl.features.agreement import difference
+from keras_tl.features.cuts import Cut, Halves
+from keras_tl.features.unrolled import Unrolled
+from keras_tl.features.worth import deepest
 from keras_tl.internals.batches import predictions
 from keras_tl.internals.graphs import (
     called_again,
@@ -35,15 +38,18 @@ from keras_tl.stages import switching
 class SplitModel:
     """A model split after its frozen backbone. Both parts share its layers.
 
+    Where some of the backbone trains, it is split before that, in the middle of the backbone.
+
     Args:
         model: A Functional or built Sequential model, compiled or not.
         backbone: A layer, model or list of layers of the model, names of these, or a function of
             the model. None means each `FrozenBackbone`, or else `model.backbone`.
+        cut: The `Cut` to split it at. None: after the backbone, or as deep as all before is frozen.
 
     Attributes:
         head: A model from the features to the outputs, compiled as the model is.
         features: Dictionary from the features' names to their symbolic tensors: the backbone's
-            outputs, inputs that bypass it, and masks that they carry.
+            outputs or those of layers in it, inputs that bypass it, and masks that they carry.
         model: The model.
         bypassing: Set of the names of those that are inputs of the model.
 
@@ -53,26 +59,13 @@ class SplitModel:
             train.
     """
 
-    def __init__(self, model: keras.Model, backbone: BackboneOf | None):
-        outputs = graph_outputs(model)
-        if outputs is None:
-            raise UncacheableError(
-                f'The model "{model.name}" (a {type(model).__name__}) cannot be split: only a '
-                "Functional or a built Sequential model has a graph in which the backbone's "
-                "outputs can be found. Write it as one, or train through the backbone."
-            )
-        own = own_methods(model)
-        if own:
-            raise UncacheableError(
-                f'The model "{model.name}" (a {type(model).__name__}) has its own {some(own)}, '
-                "which its head does not have: what that does with the data, such as preparing "
-                "it, would be left out of the record. Train through the backbone."
-            )
+    def __init__(self, model: keras.Model, backbone: BackboneOf | None, *, cut: Cut | None = None):
+        check_has_graph(model)
         inputs = graph_inputs(model)
         self.model = model
         self._twin: tuple[Any, keras.Model] | None = None
         self._backbones = Backbones(model, backbone)
-        tensors = cut_after(model, _operations(model, self._backbones))
+        tensors, second = self._halves(cut)
         named = _named(tensors)
         self.bypassing = {
             name for name, x in named.items() if any(x is one for one in keras.tree.flatten(inputs))
@@ -94,7 +87,33 @@ class SplitModel:
                 ) from error
             self.features = dict(spec)
             self._check_no_loss(symbolic)
-            self.head = _head(model, tensors, named, spec, outputs)
+            self.head = _head(model, named, spec, second)
+        if cut is not None:
+            self._check_order()
+
+    def _halves(self, cut: Cut | None) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+        """Returns the tensors to split at, and a function from others to the model's outputs."""
+        if cut is None and self._backbones.trainable_weights:
+            cut = deepest(Unrolled(self.model))
+        if cut is not None:
+            with strategy_scope(self.model):
+                halves = Halves(cut.unrolled.top, cut.before)
+            return halves.tensors, halves.second
+        tensors = cut_after(self.model, _operations(self.model, self._backbones))
+        outputs = graph_outputs(self.model)
+        return tensors, lambda values: called_again(tensors, values, outputs)
+
+    def _check_order(self) -> None:
+        """Raises an UncacheableError if the head has its weights in another order than the model.
+
+        By which the optimizer knows them on JAX, and sums gradients to clip them.
+        """
+        ours = [id(weight) for weight in self.head.trainable_variables]
+        if ours != [id(weight) for weight in self.model.trainable_variables]:
+            raise UncacheableError(
+                f'The layers of "{self.model.name}" that train are not all after the place to '
+                "split it at, or come in another order there. Train through the backbone."
+            )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -237,12 +256,28 @@ class WithMask(keras.layers.Layer):
         return keras.KerasTensor(inputs[0].shape, inputs[0].dtype)
 
 
+def check_has_graph(model: keras.Model) -> None:
+    """Raises an UncacheableError if a model cannot be split, wherever that would be."""
+    if graph_outputs(model) is None:
+        raise UncacheableError(
+            f'The model "{model.name}" (a {type(model).__name__}) cannot be split: only a '
+            "Functional or a built Sequential model has a graph in which the backbone's "
+            "outputs can be found. Write it as one, or train through the backbone."
+        )
+    own = own_methods(model)
+    if own:
+        raise UncacheableError(
+            f'The model "{model.name}" (a {type(model).__name__}) has its own {some(own)}, '
+            "which its head does not have: what that does with the data, such as preparing "
+            "it, would be left out of the record. Train through the backbone."
+        )
+
+
 def _head(
     model: keras.Model,
-    tensors: Sequence[Any],
     named: dict[str, Any],
     spec: dict[str, Any],
-    outputs: Any,
+    second: Callable[[list[Any]], Any],
 ) -> keras.Model:
     inputs = {
         name: keras.Input(batch_shape=x.shape, dtype=x.dtype, name=name) for name, x in spec.items()
@@ -252,11 +287,16 @@ def _head(
         mask = inputs.get(_mask_name(name))
         masked.append(inputs[name] if mask is None else WithMask()([inputs[name], mask]))
     structure = next(iter(inputs.values())) if len(inputs) == 1 else inputs
-    head = keras.Model(structure, called_again(tensors, masked, outputs), name=f"{model.name}_head")
+    head = keras.Model(structure, second(masked), name=f"{model.name}_head")
     if model.compiled:
-        switching.build_optimizer(model)
-        head.compile(**compile_arguments(model))
+        recompile_head(head, model)
     return head
+
+
+def recompile_head(head: keras.Model, model: keras.Model) -> None:
+    """Compiles a head as its model is compiled now, with the same optimizer."""
+    switching.build_optimizer(model)
+    head.compile(**compile_arguments(model))
 
 
 def _operations(model: keras.Model, backbones: Backbones) -> list[keras.Layer]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -59,6 +60,53 @@ def operations_in_graph(model: keras.Model) -> list[Any] | None:
     """
     graph = _graph_of(model)
     return None if graph is None else list(graph._operations)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class GraphCall:
+    """A call in the graph of a model.
+
+    Attributes:
+        operation: The layer, or what else is called.
+        inputs: List of the symbolic tensors among its arguments.
+        outputs: List of those that it returns.
+        arguments: What Keras keeps of the arguments.
+    """
+
+    operation: Any
+    inputs: list[Any]
+    outputs: list[Any]
+    arguments: Any
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Dictionary of the arguments by name, but for those that are None, as a missing mask."""
+        return {key: value for key, value in self.arguments.kwargs.items() if value is not None}
+
+    @property
+    def unnamed(self) -> tuple[Any, ...]:
+        """Tuple of the arguments that were passed by position."""
+        return tuple(self.arguments.args)
+
+    def on(self, tensors: Mapping[int, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Returns its arguments with others in place of tensors, by the ids of these."""
+        args, kwargs = self.arguments.fill_in(tensors)
+        return args, kwargs
+
+
+@checked(SINCE_3_15)
+def calls_in_graph(layer: keras.Layer) -> list[GraphCall]:
+    """Returns the calls in the graph of a model, each after those whose outputs it takes.
+
+    None of them if the layer is no Functional or built Sequential model.
+    """
+    depths = _nodes_of(layer)
+    nodes = [node for depth in sorted(depths, reverse=True) for node in depths[depth]]
+    return [
+        GraphCall(node.operation, node.input_tensors, node.outputs, node.arguments)
+        for node in nodes
+        if not node.is_input
+    ]
 
 
 @checked(SINCE_3_15)

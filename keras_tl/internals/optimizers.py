@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -164,6 +165,19 @@ def continue_averages(old: Any, new: Any) -> None:
             # In a method of this one object: a subclass would change what a saved model names.
             update = functools.partial(_update_averages, optimizer, begun)
             _replace(optimizer, "_update_model_variables_moving_average", update)
+
+
+@contextlib.contextmanager
+def not_averaged(optimizer: keras.Optimizer) -> Iterator[None]:
+    """A context in which the end of a `fit` does not give variables their moving averages.
+
+    Of several fits that are one, only the last one's end is the end of training.
+    """
+    optimizer.finalize_variable_values = lambda variables: None
+    try:
+        yield
+    finally:
+        del optimizer.finalize_variable_values
 
 
 @checked(SINCE_3_15)

@@ -8,6 +8,7 @@ from typing import Any
 import keras
 
 from keras_tl.internals.models import initial_epoch, unset_initial_epoch
+from keras_tl.internals.optimizers import not_averaged
 
 
 class JointFits(keras.callbacks.CallbackList):
@@ -44,11 +45,18 @@ class JointFits(keras.callbacks.CallbackList):
         self._trainer = keras.callbacks.Callback()
         self._until: Callable[[], bool] = bool
         self._epoch = 0
+        self._begun: int | None = None
+        self._stops = False
 
     @property
     def history(self) -> keras.callbacks.History:
         """The `History` of all fits."""
         return next(one for one in self.callbacks if isinstance(one, keras.callbacks.History))
+
+    @property
+    def epochs_left(self) -> int:
+        """Int. How many epochs may still be trained, 0 if training was stopped."""
+        return 0 if self.model.stop_training else max(0, self._settings["epochs"] - self._epoch)
 
     def begin(
         self,
@@ -70,6 +78,20 @@ class JointFits(keras.callbacks.CallbackList):
         finally:
             # Each fit is told its first epoch, and one that is never reached is not to be left.
             unset_initial_epoch(self.model)
+
+    def begin_epoch(self, *, steps: int | None) -> None:
+        """Calls `on_epoch_begin` of the callbacks before the fit that trains that epoch.
+
+        For what must be known before that fit starts, such as what a switch makes trainable.
+
+        Args:
+            steps: Int or None. How many steps an epoch has, for the progress bar.
+        """
+        self.set_params({**self._settings, "steps": steps})
+        super().on_epoch_begin(self._epoch)
+        self._begun = self._epoch
+        # Which the fit resets, and then heeds after its first batch.
+        self._stops, self.model.stop_training = self.model.stop_training, False
 
     def fit(
         self,
@@ -96,7 +118,10 @@ class JointFits(keras.callbacks.CallbackList):
         # model nor adds a History: what a fit of its own would tell them is set here.
         self.set_params({**self._settings, "steps": steps})
         trainer.history = self.history  # Which `fit` returns.
-        trainer.fit(*data, callbacks=self, initial_epoch=self._epoch, **self._settings, **settings)
+        with not_averaged(trainer.optimizer):
+            trainer.fit(
+                *data, callbacks=self, initial_epoch=self._epoch, **self._settings, **settings
+            )
 
     def end(self, *, validation_data: Any = None) -> None:
         """Calls `on_train_end` of the callbacks.
@@ -104,6 +129,9 @@ class JointFits(keras.callbacks.CallbackList):
         Args:
             validation_data: As for `begin`, and for the same reason.
         """
+        self.model.history = self.history
+        if self.model.optimizer.built:
+            self.model.optimizer.finalize_variable_values(self.model.trainable_weights)
         super().on_train_end()
 
     def on_train_begin(self, logs: dict[str, Any] | None = None) -> None:
@@ -111,6 +139,13 @@ class JointFits(keras.callbacks.CallbackList):
 
     def on_train_end(self, logs: dict[str, Any] | None = None) -> None:
         """Does nothing: to the callbacks training ends once, in `end`, after the last fit."""
+
+    def on_epoch_begin(self, epoch: int, logs: dict[str, Any] | None = None) -> None:
+        if self._begun == epoch:
+            self._begun = None  # They were told before the fit started.
+            self._trainer.model.stop_training = self.model.stop_training = self._stops
+            return
+        super().on_epoch_begin(epoch, logs)
 
     def on_train_batch_begin(self, batch: int, logs: dict[str, Any] | None = None) -> None:
         _ = self._trainer.model
