@@ -222,6 +222,8 @@ def fine_tune(
             shuffle=shuffle,
             class_weight=class_weight,
         )
+        if records.given_up:
+            break  # Also where `fit` ended early, as of data that ran out.
     records.release()
     fits.end(validation_data=validation_data)
     return fits.history
