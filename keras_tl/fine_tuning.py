@@ -57,6 +57,16 @@ def fine_tune(
     stays so. The model ends with the best weights of both stages. Without recorded features this is
     `model.fit(..., callbacks=[UnfreezeAtConvergence(...), FreezeGuard()])`.
 
+    A stage in which some of the backbone trains is recorded too, where that is worth it
+    (`record`): the layers before all that trains run once over the data, and the stage trains what
+    comes after them. A line after the switch says where and why, or why not. The weights are those
+    of the model itself, callbacks see the whole model, and the results are those of `fit`, bit for
+    bit, but for the rounding that `FeatureCache` tells of. Stages that train the same layers, as
+    `learning_rate="auto"` makes them, share one record; a record that no later stage needs is freed
+    from memory. Under `cache_dir` it stays, in a folder for each stage, and is made anew where it
+    was of other weights or data. In such a stage, too, `views` lets random layers be before the
+    place to record at; without it, layers from the first random one on are trained through.
+
     Where features cannot be recorded, the head trains through the backbone, and a message says why:
     random layers come before the backbone's outputs; an epoch may read other data than the one
     before (augmented data, a generator, or `steps_per_epoch` that is not one pass over the data);
@@ -223,6 +233,8 @@ def fine_tune(
             shuffle=shuffle,
             class_weight=class_weight,
         )
+        if records.given_up:
+            break  # Also where `fit` ended early, as of data that ran out.
     records.release()
     fits.end(validation_data=validation_data)
     return fits.history

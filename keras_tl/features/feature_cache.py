@@ -43,6 +43,10 @@ class FeatureCache:
     TensorFlow joins an Add with the Dense before it): that is a difference of rounding, some 1e-6
     of a feature's size in float32.
 
+    Where some of the backbone trains, the record is of what comes before that: as deep as all
+    layers are frozen, none is random and no BatchNormalization updates its statistics, also in the
+    middle of a `FrozenBackbone` or a nested Functional model. `head` is then all that comes after.
+
     The head shares its layers with the model: training `head` trains `model`.
 
     Calling the cache on data records features, in memory or under `cache_dir`. On disk they outlive
@@ -58,12 +62,13 @@ class FeatureCache:
         cache_dir: String or path. The folder to keep features in. Defaults to `None`: in memory.
 
     Attributes:
-        head: The model from the backbone's outputs, and inputs that bypass it, to the outputs of
-            `model`. It is compiled as `model` is, with the same optimizer.
+        head: The model from the backbone's outputs (or from where it is no longer frozen), and
+            inputs that bypass it, to the outputs of `model`. It is compiled as `model` is, with the
+            same optimizer.
 
     Raises:
-        ValueError: If the model cannot be split, has no such backbone, or weights up to the
-            backbone's outputs train.
+        ValueError: If the model cannot be split, has no such backbone, or no weights come before
+            those that train.
 
     Example:
 

@@ -47,6 +47,7 @@ class JointFits(keras.callbacks.CallbackList):
         self._epoch = 0
         self._begun: int | None = None
         self._stops = False
+        self._asked = False
 
     @property
     def history(self) -> keras.callbacks.History:
@@ -122,6 +123,8 @@ class JointFits(keras.callbacks.CallbackList):
             trainer.fit(
                 *data, callbacks=self, initial_epoch=self._epoch, **self._settings, **settings
             )
+        # Where the model itself trained, only for that fit was it told to stop by `until`.
+        self.model.stop_training = self._asked
 
     def end(self, *, validation_data: Any = None) -> None:
         """Calls `on_train_end` of the callbacks.
@@ -161,4 +164,5 @@ class JointFits(keras.callbacks.CallbackList):
         trainer = self._trainer.model
         super().on_epoch_end(epoch, logs)
         self._epoch = epoch + 1
-        trainer.stop_training |= self.model.stop_training or self._until()
+        self._asked = self.model.stop_training
+        trainer.stop_training |= self._asked or self._until()

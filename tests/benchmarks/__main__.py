@@ -17,7 +17,16 @@ import subprocess
 import sys
 from importlib import import_module, metadata
 
-NAMES = ("drift", "switch", "guard", "backup", "groups", "features", "feature_dtypes")
+NAMES = (
+    "drift",
+    "switch",
+    "guard",
+    "backup",
+    "groups",
+    "features",
+    "feature_dtypes",
+    "stage_records",
+)
 PACKAGES = ("tensorflow", "keras", "numpy")
 
 
