@@ -5,8 +5,15 @@ import os
 import tempfile
 from importlib import metadata
 
+# What is imported stays: to search it for garbage while it grows takes a second in each process.
+gc.disable()
+
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "-1")
+# There are as many processes as cores, and arrays are tiny: to hand an operation to another thread
+# takes longer than to run it.
+os.environ.setdefault("TF_NUM_INTRAOP_THREADS", "1")
+os.environ.setdefault("TF_NUM_INTEROP_THREADS", "1")
 
 # On JAX, tests compile the same small programs over and over: the processes of a run share them.
 # A folder of the run's own, as another version of JAX would compile something else.
@@ -27,6 +34,9 @@ from keras.src.trainers.data_adapters.array_slicing import convert_to_sliceable
 from keras_tl.features import extraction, probe, splitting
 from keras_tl.internals.batches import predictions
 
+gc.freeze()
+gc.enable()
+
 hypothesis.settings.register_profile(
     "keras_tl",
     deadline=None,
@@ -40,7 +50,7 @@ hypothesis.settings.load_profile("keras_tl")
 
 
 # Most is drawn on TensorFlow: the others compile longer, and are to show that it holds there.
-_share = 0.3 if keras.backend.backend() == "tensorflow" else 0.15
+_share = 0.2 if keras.backend.backend() == "tensorflow" else 0.15
 
 
 def pytest_configure(config):
@@ -77,6 +87,8 @@ def only_on(backend, reason):
 
 def pytest_collection_modifyitems(items):
     """Writes into the results what each test covers, for `tests.matrix`."""
+    # Begun last, the longest test would keep one process busy while the others are done.
+    items.sort(key=lambda item: item.path.name != "test_distribution.py")
     backend = {"tensorflow": "TensorFlow", "jax": "JAX"}.get(keras.backend.backend(), "torch")
     title = f"{backend}, Keras {keras.__version__}, TensorFlow {metadata.version('tensorflow')}"
     for item in items:
@@ -93,6 +105,22 @@ def _old_objects_are_not_searched():
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _input_pipelines_do_not_tune_themselves():
+    """Spares tf.data the thread that looks for its best settings, which is slow to end.
+
+    Each pass over data starts one, and then waits for it: up to a tenth of a second in which
+    nothing runs, for batches that take a thousandth. What a pipeline gives is the same.
+    """
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        whole, as_it_is = tf.data.Dataset.__iter__, tf.data.Options()
+        as_it_is.autotune.enabled = False
+        monkeypatch.setattr(
+            tf.data.Dataset, "__iter__", lambda data: whole(data.with_options(as_it_is))
+        )
+        yield
 
 
 @pytest.fixture(autouse=True)

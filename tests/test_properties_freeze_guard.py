@@ -181,7 +181,7 @@ clean = {
 
 
 @given(**clean)
-@settings(max_examples=examples(15))
+@settings(max_examples=examples(10))
 def test_a_clean_run_never_trips_the_guard(make_run, check, switch, again):
     train_cleanly(make_run, check, switch, again)
 

@@ -44,6 +44,11 @@ class Mode:
     prepare: Callable = lambda base: None
 
 
+# One before the switch. Where each step takes as long as the first, there is one after it.
+def epochs_of(request):
+    return 2 if request.node.get_closest_marker("eager") else 3
+
+
 def accumulating(learning_rate, model):
     return keras.optimizers.SGD(learning_rate, gradient_accumulation_steps=2)
 
@@ -191,7 +196,8 @@ def test_without_a_switch(mode):
 
 
 @pytest.mark.parametrize("mode", each(MODES))
-def test_over_a_switch(mode):
+def test_over_a_switch(mode, request):
+    epochs = epochs_of(request)
     by_hand, in_one = Recorder(state_of), Recorder(state_of)
     with made(mode) as (model, wrapper):
         fit(model, 1, by_hand)
@@ -199,10 +205,10 @@ def test_over_a_switch(mode):
         wrapper.unfreeze()
         optimizer = mode.optimizer(RATE, model)
         model.compile(optimizer, "mse", metrics=["mae"], **mode.compile)
-        fit(model, 3, by_hand, initial_epoch=1)
+        fit(model, epochs, by_hand, initial_epoch=1)
     with made(mode) as (model, wrapper):
         statistics = as_bytes(models.statistics(wrapper))
-        fit(model, 3, in_one, unfreezer(1))
+        fit(model, epochs, in_one, unfreezer(1))
         assert as_bytes(models.statistics(wrapper)) == statistics
         tuned = as_bytes(wrapper.weights)
     assert in_one.records == by_hand.records
@@ -236,9 +242,9 @@ def test_an_int8_kernel_stays_int8_and_frozen_and_the_switch_says_so(capsys):
     with made(MODES["int8 layers"]) as (model, wrapper):
         kernel = wrapper.backbone.layers[1]._kernel
         before = as_bytes([kernel])
-        callback = unfreezer(2)
+        callback = unfreezer(1)
         callback.verbose = 1
-        fit(model, 4, callback)
+        fit(model, 2, callback)
     assert (kernel.dtype, kernel.trainable, as_bytes([kernel])) == ("int8", False, before)
     assert callback.transitions[0].cannot_train == (kernel.path,)
     assert "cannot train" in capsys.readouterr().out
@@ -250,8 +256,8 @@ def test_a_kernel_under_lora_stays_frozen_and_the_switch_says_so():
     with made(MODES["LoRA"]) as (model, wrapper):
         layer = wrapper.backbone.layers[1]
         before, factor = as_bytes([layer._kernel]), as_bytes([layer.lora_kernel_b])
-        callback = unfreezer(2)
-        fit(model, 4, callback)
+        callback = unfreezer(1)
+        fit(model, 2, callback)
     assert as_bytes([layer._kernel]) == before
     assert as_bytes([layer.lora_kernel_b]) != factor
     assert callback.transitions[0].cannot_train == (layer._kernel.path,)

@@ -29,7 +29,7 @@ COMPILED = pytest.mark.usefixtures("compiled")
 def build(outer=models.functional_outer, optimizer=None, kinds=("dense", "batchnorm", "dense")):
     wrapper = FrozenBackbone(models.functional(kinds))
     model = outer(wrapper, [keras.layers.Dropout(0.5)])
-    model.compile(optimizer or keras.optimizers.Adam(0.01), "mse")
+    model.compile(optimizer or keras.optimizers.SGD(0.01, momentum=0.9), "mse")
     return model, wrapper
 
 

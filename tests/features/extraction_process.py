@@ -12,7 +12,7 @@ from tests import models
 from tests.conftest import regression_data
 from tests.killed_run import kill_at
 
-X, Y = regression_data(60)
+X, Y = regression_data(30)
 
 
 class Slowly(keras.utils.PyDataset):
@@ -21,7 +21,7 @@ class Slowly(keras.utils.PyDataset):
         self.pause = pause
 
     def __len__(self):
-        return 20
+        return 10
 
     def __getitem__(self, index):
         time.sleep(self.pause)

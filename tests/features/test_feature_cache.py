@@ -35,7 +35,7 @@ def model():
     keras.utils.set_random_seed(0)
     wrapper = FrozenBackbone(models.functional(["dense", "batchnorm", "dropout", "dense"]))
     model = models.functional_outer(wrapper, [keras.layers.Dropout(0.5)])
-    model.compile("adam", "mse", metrics=["mae"])
+    model.compile("sgd", "mse", metrics=["mae"])
     return model
 
 

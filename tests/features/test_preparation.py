@@ -38,9 +38,8 @@ class Counts(keras.layers.Layer):
             file.write("\n".join(self.words))
 
     def __call__(self, texts):  # Not as other layers, which take no strings on torch and JAX.
-        words = tf.strings.split(texts)
-        found = [tf.reduce_sum(tf.cast(words == one, "float32"), axis=-1) for one in self.words]
-        return tf.stack(found, axis=-1)
+        words = tf.strings.split(texts).to_tensor()
+        return tf.reduce_sum(tf.cast(words[..., None] == self.words, "float32"), axis=-2)
 
 
 class Preparing(keras.Model):
@@ -59,7 +58,7 @@ class Preparing(keras.Model):
         if not isinstance(x, tf.data.Dataset):
             whole = keras.utils.pack_x_y_sample_weight(x, y, sample_weight)
             x = tf.data.Dataset.from_tensor_slices(whole).batch(batch_size or 32)
-        return x.map(lambda *batch: self.preprocess_samples(*batch))
+        return x.map(tf.autograph.experimental.do_not_convert(self.preprocess_samples))
 
     def fit(self, x, y=None, batch_size=None, sample_weight=None, validation_data=None, **settings):
         if validation_data is not None:

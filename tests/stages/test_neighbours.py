@@ -79,6 +79,13 @@ def both_orders(request):
     return lambda one, own: [one, own] if request.param == "before" else [own, one]
 
 
+# Some that only look on are first in the ordinary run; csv_logger, model_checkpoint and those that
+# act are in both places.
+SECOND_ORDER_IS_SLOW = pytest.mark.parametrize(
+    "both_orders", ["before", pytest.param("after", marks=pytest.mark.slow)], indirect=True
+)
+
+
 def check_is_as_alone(alone, make, both_orders):
     """The other callback changes nothing of ours. Returns it, and the History."""
     model, one = build(), make()
@@ -103,6 +110,7 @@ def test_csv_logger(alone, both_orders, tmp_path):
         assert [int(row["stage"]) for row in rows] == STAGES
 
 
+@SECOND_ORDER_IS_SLOW
 def test_lambda_callback(alone, both_orders):
     seen = []
     check_is_as_alone(
@@ -123,6 +131,7 @@ def test_model_checkpoint(alone, both_orders, tmp_path):
         assert len(trained) == (4 if stage else 0)
 
 
+@SECOND_ORDER_IS_SLOW
 def test_progbar_logger(alone, both_orders, capsys):
     model = build()
     fit(model, *both_orders(keras.callbacks.ProgbarLogger(), ours()), verbose=2)
@@ -130,6 +139,7 @@ def test_progbar_logger(alone, both_orders, capsys):
     assert f"Epoch {len(VALUES)}/{len(VALUES)}" in capsys.readouterr().out
 
 
+@SECOND_ORDER_IS_SLOW
 def test_remote_monitor(alone, both_orders, monkeypatch):
     posts = []
 
@@ -147,6 +157,7 @@ def test_remote_monitor(alone, both_orders, monkeypatch):
     json.dumps(posts)
 
 
+@SECOND_ORDER_IS_SLOW
 def test_tensorboard(alone, both_orders, tmp_path):
     pytest.importorskip("tensorboard")
     check_is_as_alone(
@@ -155,6 +166,7 @@ def test_tensorboard(alone, both_orders, tmp_path):
     assert list(tmp_path.rglob("*tfevents*"))
 
 
+@SECOND_ORDER_IS_SLOW
 def test_terminate_on_nan(alone, both_orders):
     check_is_as_alone(alone, keras.callbacks.TerminateOnNaN, both_orders)
 
