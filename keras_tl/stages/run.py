@@ -343,9 +343,13 @@ class Run:
             )
             warnings.warn(message, stacklevel=4)
         elif progress.stage < stages and progress.stop_reason is None:
+            where, others = f"in stage {progress.stage} of {stages}", "the others"
+            if progress.stage >= self._staged.first_annealed:
+                rate = learning_rate_of(self._model.optimizer)
+                where, others = f"at learning rate {rate:.4g}", "lower ones"
             self._say(
-                f"UnfreezeAtConvergence: training ended in stage {progress.stage} of {stages}. "
-                "Pass more `epochs` to `fit` for the others."
+                f"UnfreezeAtConvergence: training ended {where}. Pass more `epochs` to `fit` for "
+                f"{others}."
             )
 
     def _say(self, message: str) -> None:
