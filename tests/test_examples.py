@@ -30,7 +30,18 @@ NEED_SKLEARN = ("custom_training_loop", "first_run", "gradual_unfreezing", "kera
 
 # What each guide says at its end.
 GUIDES = {
+    "beside_other_tools": r"stages 0, 0, 1, 1\n(.|\n)*Each of them sees one `fit`",
+    "by_hand": r"with_keras_tl: 3 lines(.|\n)*stages: \[0, 1\]\n.*equal, bit for bit",
+    "coming_from_elsewhere": r"All 9 did here what they do there",
     "first_run": r"waits: val_loss(.|\n)*unfreezes \"digits\"(.|\n)*on held-out digits: 0\.\d+",
+    "groups_and_rates": r"interpolated, 0\.5(.|\n)*three ways to come to a rate",
+    "hub_tasks": r"Tasks train in stages as they are",
+    "keras_guide": r"and 0 \(FrozenBackbone\)\n(.|\n)*The guide's cells hold with keras_tl",
+    "recorded_features": r"another backbone: (.|\n)*refused: (.|\n)*and through the backbone",
+    "resuming": r"Interrupted(.|\n)*nothing is trained(.|\n)*the same weights, bit for bit",
+    "several_devices": r"stages \[0, 0, 1, 1\]",
+    "unfreezing_in_stages": r"frozen again block2_dense(.|\n)*schedules went to JSON and back",
+    "what_stays_frozen": r"1 weight that must not change(.|\n)*stale compile(.|\n)*bit for bit",
 }
 NO_NAMES = {"keras_tl", "examples", "tests", *sys.stdlib_module_names}
 
