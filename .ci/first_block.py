@@ -1,6 +1,6 @@
-"""Runs the README's first block with the installed package alone, on a small stand-in for Xception.
+"""Runs the README's first block with the installed package alone, on stand-ins.
 
-The stand-in spares the download of the real one's weights.
+They spare the download of Xception's weights, and pictures of one's own.
 """
 
 import re
@@ -21,20 +21,25 @@ def small(include_top, weights):
     return keras.Sequential([keras.Input((150, 150, 3)), *layers], name="xception")
 
 
-keras.applications.Xception = small
-
-
 def batches(label):
     """Returns images that are all of one class."""
     images, labels = np.ones((8, 150, 150, 3), "float32"), np.full((8, 1), label)
     return tf.data.Dataset.from_tensor_slices((images, labels)).batch(4)
 
 
+def pictures(folder, **settings):
+    """Returns data of which what is learnt makes the validation worse: so the head converges."""
+    return batches(1), batches(0)
+
+
+keras.applications.Xception = small
+keras.utils.image_dataset_from_directory = pictures
+
+
 block = re.search(
     r"^```python\n(.*?)^```", Path(sys.argv[1]).read_text(), re.MULTILINE | re.DOTALL
 )[1]
-# What is learnt makes the validation worse from the first epoch on: so the head converges.
-names = {"train": batches(1), "val": batches(0)}
+names = {}
 exec(compile(block, "the first block of the README", "exec"), names)  # noqa: S102
 assert set(names["history"].history["stage"]) == {0, 1}
 print(f"The README's first block ran with keras_tl {keras_tl.__version__}.")

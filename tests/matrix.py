@@ -1,9 +1,9 @@
-"""The support matrix in the README, made from what the tests ran.
+"""The support matrix in SUPPORT.md, made from what the tests ran.
 
     KERAS_BACKEND=jax python -m pytest --junitxml=jax.xml
     python -m tests.matrix tensorflow.xml jax.xml torch.xml            # prints it
-    python -m tests.matrix --write tensorflow.xml jax.xml torch.xml    # into the README
-    python -m tests.matrix --check tensorflow.xml jax.xml torch.xml    # fails if the README differs
+    python -m tests.matrix --write tensorflow.xml jax.xml torch.xml    # into SUPPORT.md
+    python -m tests.matrix --check tensorflow.xml jax.xml torch.xml    # fails if it differs
 
 A row is what a test says it covers (`@pytest.mark.covers`), a column is a run. "yes": all tests
 that cover it and ran passed; "no": one failed; "-": none ran, for the reason below the table.
@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from xml.etree import ElementTree
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent / "SUPPORT.md"
 BEGIN, END = "<!-- matrix: made by tests/matrix.py -->\n", "<!-- end of the matrix -->"
 
 
@@ -101,13 +101,14 @@ def main():
     arguments = parser.parse_args()
     made = table(joined(read(path) for path in arguments.files))
     print(made)
-    readme = README.read_text()
-    before, written = readme.split(BEGIN)
+    before, written = PAGE.read_text().split(BEGIN)
     written, after = written.split(END)
     if arguments.write:
-        README.write_text(before + BEGIN + "\n" + made + "\n" + END + after)
+        PAGE.write_text(before + BEGIN + "\n" + made + "\n" + END + after)
     if arguments.check and without_versions(written) != without_versions(made):
-        sys.exit("The matrix in the README is another one: `python -m tests.matrix --write ...`.")
+        sys.exit(
+            "The matrix in tests/SUPPORT.md is another one: `python -m tests.matrix --write ...`."
+        )
 
 
 if __name__ == "__main__":

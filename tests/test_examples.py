@@ -1,5 +1,6 @@
 """Every example runs in its small form, and shows what it is there to show."""
 
+import importlib.util
 import os
 import re
 import runpy
@@ -11,6 +12,7 @@ import keras
 import pytest
 
 FOLDER = Path(__file__).parent.parent / "examples"
+GUIDE = FOLDER / "guide"
 # `digits.py` and `multi_host.py` have no smaller form: the README's command and the tests of
 # distribution run them.
 SHOWS = {
@@ -24,7 +26,25 @@ SHOWS = {
     "resume": r"killed after 3 steps\n(.|\n)*after epoch 5, in stage 1(.|\n)*equal, bit for bit",
     "text": r"\| head only \| +0\.\d+ \|.*\n\| keras_tl  \| +0\.\d+ \|",
 }
-NEED_SKLEARN = ("custom_training_loop", "gradual_unfreezing", "keras_hub_task")
+NEED_SKLEARN = ("custom_training_loop", "first_run", "gradual_unfreezing", "keras_hub_task")
+
+
+# What each guide says at its end.
+GUIDES = {
+    "beside_other_tools": r"stages 0, 0, 1, 1\n(.|\n)*Each of them sees one `fit`",
+    "by_hand": r"with_keras_tl: 3 lines(.|\n)*stages: \[0, 1\]\n.*equal, bit for bit",
+    "coming_from_elsewhere": r"All 9 did here what they do there",
+    "first_run": r"waits: val_loss(.|\n)*unfreezes \"digits\"(.|\n)*on held-out digits: 0\.\d+",
+    "groups_and_rates": r"interpolated, 0\.5(.|\n)*three ways to come to a rate",
+    "hub_tasks": r"Tasks train in stages as they are",
+    "keras_guide": r"and 0 \(FrozenBackbone\)\n(.|\n)*The guide's cells hold with keras_tl",
+    "recorded_features": r"another backbone: (.|\n)*refused: (.|\n)*and through the backbone",
+    "resuming": r"Interrupted(.|\n)*nothing is trained(.|\n)*the same weights, bit for bit",
+    "several_devices": r"stages \[0, 0, 1, 1\]",
+    "unfreezing_in_stages": r"frozen again block2_dense(.|\n)*schedules went to JSON and back",
+    "what_stays_frozen": r"1 weight that must not change(.|\n)*stale compile(.|\n)*bit for bit",
+}
+NO_NAMES = {"keras_tl", "examples", "tests", *sys.stdlib_module_names}
 
 
 def run(name, *arguments, folder):
@@ -44,6 +64,32 @@ def run(name, *arguments, folder):
 def test_no_example_is_left_out():
     names = {path.stem for path in FOLDER.glob("*.py")}
     assert names == {*SHOWS, "digits", "efficientnet_lite", "multi_host"}
+    assert {path.stem for path in GUIDE.glob("*.py")} == set(GUIDES)
+
+
+def test_the_page_of_examples_names_each():
+    page = (FOLDER / "README.md").read_text()
+    listed = re.findall(r"^\| `(\w+)\.py` \|", page, flags=re.MULTILINE)
+    assert sorted(listed) == sorted(path.stem for path in FOLDER.rglob("*.py"))
+
+
+def test_no_example_hides_a_module():
+    # `python examples/text.py` looks for modules in `examples` first.
+    for path in FOLDER.rglob("*.py"):
+        assert path.stem not in NO_NAMES
+        assert importlib.util.find_spec(path.stem) is None, path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", GUIDES)
+def test_a_guide_shows_what_it_says(name, tmp_path):
+    if name in NEED_SKLEARN:
+        pytest.importorskip("sklearn")
+    if name == "hub_tasks":
+        pytest.importorskip("keras_hub")
+    done = run(f"guide/{name}", "--small", folder=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert re.search(GUIDES[name], done.stdout), done.stdout[-2000:]
 
 
 @pytest.mark.slow

@@ -140,7 +140,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             callbacks, and data that only reading shows, such as a generator's.
         delete_checkpoint: Bool. Whether the backup is deleted when training has ended. Defaults to
             `True`.
-        verbose: 0 or 1. Whether a switch and the end are reported. Defaults to `1`.
+        verbose: 0 or 1. Whether a switch and the end are reported; and after an epoch without
+            improvement, unless `fit` itself is silent, how long the stage has waited. Defaults to
+            `1`.
 
     Attributes:
         stage: Int. The stage that the model is in: 0 while the backbone is frozen, then 1, ...

@@ -13,7 +13,7 @@ from keras_tl.stages.convergence import ConvergenceMonitor
 from keras_tl.stages.monitored_value import MonitoredValue
 from keras_tl.stages.progress import Progress
 from keras_tl.stages.stage import Stage
-from keras_tl.stages.words import what_next, why_ended
+from keras_tl.stages.words import what_it_waits_for, what_next, why_ended
 
 
 class Decisions:
@@ -149,6 +149,15 @@ class Decisions:
         return why_ended(
             reason, self.monitored.name, patience, progress.stage, progress.stage_epochs
         )
+
+    def waiting(self, progress: Progress) -> str | None:
+        """Returns for the user how long the stage has waited in vain, or None if it has not."""
+        patience, _ = self.limits(progress.stage)
+        if progress.switch_reason or progress.stop_reason or patience is None:
+            return None
+        if progress.judge is None or progress.judge.wait == 0:
+            return None
+        return what_it_waits_for(self.monitored.name, progress.judge.wait, patience)
 
     def what_next(self, stage: int) -> str:
         """Returns for the user what will end a stage, and what comes then."""

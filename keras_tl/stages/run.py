@@ -115,6 +115,7 @@ class Run:
         self._prepared = is_built(model)
         self._optimizer_use: OptimizerUse | None = None
         self._kept: KeptRun | None = None
+        self._waiting: str | None = None
         self.best_epoch: int | None = None
         histories = (one for one in self._beside if isinstance(one, keras.callbacks.History))
         self.history = next(histories, None)
@@ -168,6 +169,9 @@ class Run:
         reason = self.state.progress.switch_reason
         if reason is not None:
             self._switch(epoch, reason)
+        if self._waiting is not None:
+            self._say(f"Epoch {epoch}: UnfreezeAtConvergence waits: {self._waiting}.")
+            self._waiting = None
         self._rates.epoch = epoch
         self._steps_before = steps_of(self._model.optimizer)
 
@@ -198,6 +202,9 @@ class Run:
         )
         if value is not None and self._callback.restore_best_weights:
             state.keep_best(epoch, value)
+        if value is not None and (self._callback.params or {}).get("verbose"):
+            # Said before the next epoch: the progress bar of this one is not finished yet.
+            self._waiting = self._decisions.waiting(state.progress)
         logs.update(self._staged.learning_rates(self.stage), stage=self.stage)
         for name in logs:
             self.logged_epochs.setdefault(name, []).append(epoch)

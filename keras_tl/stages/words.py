@@ -23,6 +23,22 @@ def why_ended(reason: str, monitor: str, patience: int | None, stage: int, epoch
     }[reason]
 
 
+def what_it_waits_for(monitor: str, waited: int, patience: int) -> str:
+    """Returns how far a stage is from its end.
+
+    Args:
+        monitor: String. The monitored quantity.
+        waited: Int. Epochs without improvement so far.
+        patience: Int. The patience of the stage.
+
+    Example:
+
+    >>> what_it_waits_for("val_loss", 2, 3)
+    'val_loss has not improved for 2 of 3 epochs'
+    """
+    return f"{monitor} has not improved for {waited} of {_epochs(patience)}"
+
+
 def what_next(
     monitor: str, patience: int | None, epochs: int | None, *, last: bool, lower: bool = False
 ) -> str:

@@ -1,6 +1,6 @@
 """Every callback that Keras ships, next to UnfreezeAtConvergence, in both orders.
 
-The README's table has a row for each; the tests are named after them.
+The table in examples/README.md has a row for each; the tests are named after them.
 """
 
 import contextlib
