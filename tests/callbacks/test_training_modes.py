@@ -53,7 +53,8 @@ def check(model, wrapper, *data, epochs=3, callback=None, **fit_arguments):
     [
         {},
         {"run_eagerly": True},
-        pytest.param({"steps_per_execution": 2}, marks=SEVERAL_STEPS),
+        # Of a Functional model: test_modes_by_hand.
+        pytest.param({"steps_per_execution": 2}, marks=[SEVERAL_STEPS, pytest.mark.slow]),
         pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,
