@@ -49,21 +49,24 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("keras_tl")
 
 
-# Most is drawn on TensorFlow: the others compile longer, and are to show that it holds there.
-_share = 0.2 if keras.backend.backend() == "tensorflow" else 0.15
+# Which part of the examples a property draws, and at least how many.
+_share, _least = 0.2, 2
 
 
 def pytest_configure(config):
-    """Draws all examples where the slow tests run too."""
-    global _share
+    """Draws all examples where the slow tests run too, and few to show that it holds elsewhere."""
+    global _share, _least
     selected = config.option.markexpr.replace("not slow", "")
     if "slow" in selected or not config.option.markexpr:
         _share = 1.0
+    elif "covers" in selected or keras.backend.backend() != "tensorflow":
+        # The matrix of backends and versions, of which most compile longer.
+        _share, _least = 0.1, 1
 
 
 def examples(count):
     """How many examples a property draws; KERAS_TL_EXAMPLES times as many."""
-    return max(2, round(count * _share * float(os.environ.get("KERAS_TL_EXAMPLES", "1"))))
+    return max(_least, round(count * _share * float(os.environ.get("KERAS_TL_EXAMPLES", "1"))))
 
 
 def slow_on(*backends):

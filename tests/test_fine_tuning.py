@@ -413,7 +413,7 @@ def check_goes_on(interrupted_at, folder, *, eager):
 
 # In the frozen stage, before the switch, and after it.
 @pytest.mark.eager
-@pytest.mark.parametrize("interrupted_at", [1, 2, 3])
+@pytest.mark.parametrize("interrupted_at", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_goes_on_from_its_backup(interrupted_at, tmp_path):
     check_goes_on(interrupted_at, tmp_path, eager=True)
 

@@ -1,6 +1,7 @@
 """Several stages in one `fit`: what trains in each, how each ends, what its optimizer knows."""
 
 import dataclasses
+import functools
 import itertools
 import json
 
@@ -46,12 +47,12 @@ def build(optimizer=None, backbone=None, **compile_arguments):
     return model, wrapper
 
 
-def fit(model, *callbacks, epochs=6, **arguments):
+def fit(model, *callbacks, epochs=6, batch_size=16, **arguments):
     arguments.setdefault("validation_data", (X, Y))
     return model.fit(
         X,
         Y,
-        batch_size=8,
+        batch_size=batch_size,
         validation_batch_size=len(X),
         epochs=epochs,
         shuffle=False,
@@ -59,6 +60,10 @@ def fit(model, *callbacks, epochs=6, **arguments):
         verbose=0,
         **arguments,
     ).history
+
+
+# Where what a step does is counted.
+fit_in_two_steps = functools.partial(fit, batch_size=8)
 
 
 def staged(*stages, **arguments):
@@ -265,7 +270,7 @@ def test_one_new_optimizer_a_stage_without_a_rate_for_the_head():
     model, _ = build()
     seen = Recorder(lambda model: int(model.optimizer.iterations))
     callback = staged(Stage("block3.*", 1e-2, epochs=1), Stage("all", 1e-4))
-    history = fit(model, callback, seen, epochs=4)
+    history = fit_in_two_steps(model, callback, seen, epochs=4)
     assert seen.records == [2, 2, 2, 4]
     np.testing.assert_allclose(history["learning_rate"], [1e-2, 1e-2, 1e-4, 1e-4], rtol=1e-6)
     assert "learning_rate_head" not in history
@@ -282,7 +287,7 @@ def test_groups_go_on_and_what_joins_is_new():
         )
     )
     stages = Stage.by_depth(make_backbone(), 3, 1e-2, 0.5, head_learning_rate=5e-3, epochs=1)
-    history = fit(model, staged(*stages), seen, epochs=4)
+    history = fit_in_two_steps(model, staged(*stages), seen, epochs=4)
     assert seen.records == [
         2,
         {"head": 4, "backbone_1": 2},
@@ -414,7 +419,7 @@ def test_mixed_precision_keeps_the_loss_scale(head):
         model, _ = build()
         counters = Recorder(lambda model: int(model.optimizer.step_counter))
         stages = Stage.by_depth(make_backbone(), 3, 1e-3, head_learning_rate=head, epochs=1)
-        fit(model, staged(*stages), counters, epochs=4)
+        fit_in_two_steps(model, staged(*stages), counters, epochs=4)
         assert counters.records == [2, 4, 6, 8]
     finally:
         keras.config.set_dtype_policy("float32")
@@ -504,7 +509,7 @@ def test_what_is_unfrozen_joins_the_group_that_the_user_assigned():
     seen = Recorder(lambda m: {n: int(one.iterations) for n, one in m.optimizer.groups.items()})
     weights = recorder_of(wrapper)
     callback = UnfreezeAtConvergence(max_frozen_epochs=2, restore_best_weights=False, verbose=0)
-    history = fit(model, callback, seen, weights, epochs=4)
+    history = fit_in_two_steps(model, callback, seen, weights, epochs=4)
 
     assert seen.records == [
         {"backbone": 0, "head": 2},
@@ -527,7 +532,7 @@ def test_a_group_that_gains_variables_starts_anew_and_the_others_go_on():
     )
     model, _ = build(optimizer, wrapper)
     callback = UnfreezeAtConvergence(max_frozen_epochs=1, restore_best_weights=False, verbose=0)
-    fit(model, callback, epochs=2)
+    fit_in_two_steps(model, callback, epochs=2)
     assert model.optimizer.global_clipnorm == 0.5
     iterations = {name: int(one.iterations) for name, one in model.optimizer.groups.items()}
     assert iterations == {"output": 4, "rest": 2}
@@ -587,7 +592,7 @@ def test_warm_up_is_linear_from_zero_to_the_rate_of_the_stage():
     model, _ = build()
     rates = Rates()
     callback = UnfreezeAtConvergence(1e-3, max_frozen_epochs=1, warmup_steps=3, verbose=0)
-    fit(model, callback, rates, epochs=4)
+    fit_in_two_steps(model, callback, rates, epochs=4)
     np.testing.assert_allclose(
         rates.rates, [0.01, 0.01, 0, 1e-3 / 3, 2e-3 / 3, 1e-3, 1e-3, 1e-3], rtol=1e-5
     )
@@ -601,7 +606,7 @@ def test_warm_up_is_for_what_is_new():
     callback = UnfreezeAtConvergence(
         1e-3, head_learning_rate=5e-3, max_frozen_epochs=1, warmup_steps=4, verbose=0
     )
-    fit(model, callback, head, backbone, epochs=3)
+    fit_in_two_steps(model, callback, head, backbone, epochs=3)
     np.testing.assert_allclose(head.rates, [0.01] * 2 + [5e-3] * 4, rtol=1e-6)
     np.testing.assert_allclose(backbone.rates[2:], [0, 2.5e-4, 5e-4, 7.5e-4], rtol=1e-6)
 
@@ -611,7 +616,7 @@ def test_warm_up_in_each_stage():
     model, _ = build()
     rates = Rates()
     callback = staged(Stage("block3.*", 1e-2, epochs=1), Stage("all", 1e-3), warmup_steps=2)
-    fit(model, callback, rates, epochs=4)
+    fit_in_two_steps(model, callback, rates, epochs=4)
     np.testing.assert_allclose(rates.rates, [0.01, 0.01, 0, 5e-3, 0, 5e-4, 1e-3, 1e-3], rtol=1e-5)
 
 
@@ -626,7 +631,7 @@ def test_warm_up_ends_when_another_callback_sets_the_rate():
                 self.model.optimizer.learning_rate = 0.5
 
     callback = UnfreezeAtConvergence(1e-3, max_frozen_epochs=1, warmup_steps=10, verbose=0)
-    fit(model, callback, Sets(), rates, epochs=4)
+    fit_in_two_steps(model, callback, Sets(), rates, epochs=4)
     np.testing.assert_allclose(rates.rates[2:], [0, 1e-4, 0.5, 0.5, 0.5, 0.5], rtol=1e-5)
 
 
@@ -646,7 +651,7 @@ def test_the_rate_of_a_step_is_the_one_that_is_used():
     callback = UnfreezeAtConvergence(
         0.1, max_frozen_epochs=1, warmup_steps=2, restore_best_weights=False, verbose=0
     )
-    fit(model, callback, Moves(), epochs=2)
+    fit_in_two_steps(model, callback, Moves(), epochs=2)
     assert moved == [True, True, False, True]
 
 

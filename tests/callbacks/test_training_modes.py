@@ -27,7 +27,7 @@ def unfreezer(**arguments):
     return UnfreezeAtConvergence(1e-2, **{"max_frozen_epochs": 2, "verbose": 0} | arguments)
 
 
-def check(model, wrapper, *data, epochs=4, callback=None, **fit_arguments):
+def check(model, wrapper, *data, epochs=3, callback=None, **fit_arguments):
     """Fits over a switch, and checks who moved when. Returns the History."""
     callback = callback or unfreezer(restore_best_weights=False)
     backbone = Recorder(lambda model: as_bytes(wrapper.trainable_weights or wrapper.weights))
@@ -53,7 +53,8 @@ def check(model, wrapper, *data, epochs=4, callback=None, **fit_arguments):
     [
         {},
         {"run_eagerly": True},
-        pytest.param({"steps_per_execution": 2}, marks=SEVERAL_STEPS),
+        # Of a Functional model: test_modes_by_hand.
+        pytest.param({"steps_per_execution": 2}, marks=[SEVERAL_STEPS, pytest.mark.slow]),
         pytest.param({"jit_compile": True}, marks=pytest.mark.slow),
     ],
     ids=str,

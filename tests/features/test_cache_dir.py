@@ -78,6 +78,8 @@ def test_names_that_count_up_in_a_process_do_not_matter(tmp_path, batches_extrac
     assert batches_extracted == []
 
 
+# Two of them, in any order: test_unnamed.
+@pytest.mark.slow
 def test_several_data_sets_in_one_folder(model, tmp_path, batches_extracted):
     other = X[:8], Y[:8]
     for _ in range(2):
@@ -389,6 +391,8 @@ def test_a_folder_that_cannot_be_written(model, tmp_path):
 # Parts.
 
 
+# Parts of two processes: test_extraction_processes.
+@pytest.mark.slow
 def test_parts_by_several_workers_join_into_one_cache(tmp_path):
     # One after the other, each with a model of its own, as separate processes have.
     whole = contents(record(build(), None))

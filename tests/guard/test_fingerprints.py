@@ -1,6 +1,7 @@
 """A fingerprint sees what has changed, whatever it is."""
 
 import functools
+import itertools
 
 import hypothesis.extra.numpy as hnp
 import keras
@@ -17,9 +18,9 @@ DTYPES = ["float32", "float16", "bfloat16", "int8", "int32", "bool"]
 if keras.backend.backend() != "jax":
     DTYPES.append("float64")  # JAX has none unless it is told to.
 # Of those that become words in the same way, one is enough where every flip of a bit is tried too.
+RARE_DTYPES = ("float16", "int32")
 SOME_DTYPES = [
-    pytest.param(one, marks=pytest.mark.slow) if one in ("float16", "int32") else one
-    for one in DTYPES
+    pytest.param(one, marks=pytest.mark.slow) if one in RARE_DTYPES else one for one in DTYPES
 ]
 # One number; small; more than a block of 2,048 words; large enough to be fingerprinted alone, with
 # and without a rest; and a number of elements that no block divides.
@@ -105,14 +106,20 @@ def test_any_change_of_several_elements_is_seen(data):
     assert any(s is weight for s in suspects) == (changed.tobytes() != original.tobytes())
 
 
-@pytest.mark.parametrize("dtype", SOME_DTYPES)
-@pytest.mark.parametrize(
-    "distance",
-    [
-        *(1, 64, 2048, 65536),
-        *(pytest.param(between, marks=pytest.mark.slow) for between in (32, 640, 1024, 4096)),
-    ],
-)
+def of_dtypes(name, values, slow=()):
+    """All pairs of values and dtypes, of which the ordinary run has each value and each dtype."""
+
+    def marks(value, dtype):
+        ordinary = dtype == "float32" or (value == values[-1] and dtype not in RARE_DTYPES)
+        return pytest.mark.slow if value in slow or not ordinary else ()
+
+    pairs = itertools.product([*values, *slow], DTYPES)
+    return pytest.mark.parametrize(
+        (name, "dtype"), [pytest.param(*p, marks=marks(*p)) for p in pairs]
+    )
+
+
+@of_dtypes("distance", (1, 64, 2048, 65536), slow=(32, 640, 1024, 4096))
 def test_swapped_elements_are_seen(dtype, distance):
     # In other columns, rows and blocks of words, and one of them in the rest after whole blocks.
     weight = next(w for w in watched()[0] if (w.dtype, w.shape) == (dtype, (257, 257)))
@@ -124,8 +131,7 @@ def test_swapped_elements_are_seen(dtype, distance):
     assert any(suspect is weight for suspect in suspects_of(weight, changed.reshape(257, 257)))
 
 
-@pytest.mark.parametrize("dtype", SOME_DTYPES)
-@pytest.mark.parametrize("shape", SHAPES[1:])
+@of_dtypes("shape", SHAPES[1:])
 def test_swapped_weights_are_seen(dtype, shape):
     first, second = [w for w in watched()[0] if (w.dtype, w.shape) == (dtype, shape)]
     one, two = in_numpy(first), in_numpy(second)

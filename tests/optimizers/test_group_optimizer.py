@@ -148,7 +148,7 @@ def fit(model, *callbacks, epochs=2):
 @pytest.mark.parametrize(
     "arguments",
     [
-        pytest.param({}, id="graph"),
+        pytest.param({}, id="graph", marks=slow_on("tensorflow", "jax")),
         pytest.param({"jit_compile": True}, id="jit", marks=slow_on("torch")),
         pytest.param(
             {"steps_per_execution": 2}, id="steps", marks=[SEVERAL_STEPS, pytest.mark.slow]
