@@ -106,15 +106,19 @@ class Backup:
             written = {"format": FORMAT, "keras_tl": __version__, "writer": self._writer}
             written |= {"content": content, "digest": _digest_of(content)}
             (aside / _STATE).write_text(json.dumps(written), encoding="utf-8")
+            # Before the name: a power cut could keep that, and lose what is in the files.
             for path in (aside / _ARRAYS, aside / _STATE):
                 _flush(path)
             _flush_folder(aside)
+            # As late as can be. What another makes after it has files in it, and `rename` puts
+            # nothing in the place of a folder with files.
             self._check_unchanged()
             target = self.folder / f"epoch-{epoch:06d}"
             if target.exists():
                 self._remove(target)
             aside.rename(target)
         _flush_folder(self.folder)
+        # Only now: until the new name is on the disk, an old snapshot may be all there is.
         for old in self._snapshots()[_KEPT:]:
             self._remove(old)
 
@@ -145,7 +149,7 @@ class Backup:
             try:
                 state, arrays = _read(path)
                 reason = refuse(state, arrays)
-            except OtherRunError:
+            except OtherRunError:  # The older ones are of that run too.
                 raise
             except _DAMAGE as error:
                 reason = _said(error)

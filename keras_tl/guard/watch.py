@@ -93,6 +93,7 @@ class WeightWatch:
         """
         for before, after in zip(self._held[id(weight)], replicas(weight), strict=True):
             change = Change(weight, on_host(before), on_host(after))
+            # Not the numbers: NaN differs from itself, and 0.0 equals -0.0.
             if (_bits(change.before) != _bits(change.after)).any():
                 return change
         return None

@@ -399,6 +399,7 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         """Keeps how the rates relate: once all are 0, as in a warm-up, they would not tell."""
         rates = self._rates_of_groups()
         reference = list(rates.values())[-1]
+        # At a rate of 0 there are no ratios: the last ones stay, by which the rates come back.
         if reference > 0:
             self._ratios = {group: rate / reference for group, rate in rates.items()}
 
