@@ -5,14 +5,12 @@ and images, on the processor's cores that the process may use; times of each pai
 process.
 """
 
-import sys
-
 import keras
 
 from keras_tl import FeatureCache, FrozenBackbone, Stage, UnfreezeAtConvergence, fine_tune
 from tests.benchmarks.timing import BATCH, SHAPE, images, paired, print_table, seconds
 
-SAMPLES = int(sys.argv[1]) if sys.argv[1:] else 1024
+SAMPLES = 1024
 EPOCHS = 3
 
 
