@@ -23,9 +23,8 @@ from tests.conftest import as_bytes, regression_data
 
 pytestmark = [pytest.mark.covers("part: FreezeGuard"), pytest.mark.eager]
 
-# Of arrays, each `fit` would trace a pipeline of its own.
-DATA = tf.data.Dataset.from_tensor_slices(regression_data(8)).batch(4)
-FOUR_BATCHES = tf.data.Dataset.from_tensor_slices(regression_data()).batch(4)
+# Four batches. Of arrays, each `fit` would trace a pipeline of its own.
+DATA = tf.data.Dataset.from_tensor_slices(regression_data()).batch(4)
 
 
 class At(keras.callbacks.Callback):
@@ -50,9 +49,9 @@ def build(kinds=("dense", "batchnorm", "dense"), head=(), optimizer=None, **comp
     return model, wrapper
 
 
-def fit(model, *callbacks, data=DATA, epochs=2, **arguments):
+def fit(model, *callbacks, epochs=2, **arguments):
     return model.fit(
-        data, epochs=epochs, callbacks=list(callbacks), shuffle=False, verbose=0, **arguments
+        DATA, epochs=epochs, callbacks=list(callbacks), shuffle=False, verbose=0, **arguments
     )
 
 
@@ -169,7 +168,7 @@ def test_a_subclassed_model_is_watched_once_it_is_built():
     model.compile("adam", "mse")
     guard = FreezeGuard(check="batch")
     overwrite = At("on_train_batch_end", 3, lambda _: add_one(wrapper.backbone.weights[0]))
-    error = caught(model, overwrite, guard, data=FOUR_BATCHES)
+    error = caught(model, overwrite, guard)
     assert str(error.changes[0].last_clean) == "epoch 1, batch 2"
 
 
@@ -314,7 +313,7 @@ def test_the_first_check_after_a_change_reports_it(check, batch, last_clean, det
     model, wrapper = build()
     weight = wrapper.backbone.weights[0]
     overwrite = At("on_train_batch_end", batch, lambda _: add_one(weight))
-    error = caught(model, overwrite, FreezeGuard(check=check), data=FOUR_BATCHES)
+    error = caught(model, overwrite, FreezeGuard(check=check))
     change = error.changes[0]
     assert (str(change.last_clean), str(change.detected)) == (last_clean, detected)
     assert detected in str(error)
@@ -374,7 +373,7 @@ def test_a_subclass_keeps_its_own_hook(hook, calls_super):
     Subclass = type("Subclass", (FreezeGuard,), {hook: own})
     model, wrapper = build(["dense"])
     overwrite = At("on_train_batch_end", 3, lambda _: add_one(wrapper.weights[0]))
-    error = caught(model, overwrite, Subclass(check="batch"), data=FOUR_BATCHES, epochs=1)
+    error = caught(model, overwrite, Subclass(check="batch"), epochs=1)
     assert seen == [0, 1, 2]
     assert str(error.changes[0].detected) == "epoch 1, batch 3"
 
@@ -420,7 +419,6 @@ def test_warning_comes_once_for_each_weight():
             At("on_train_batch_end", 4, lambda _: add_one(first)),
             At("on_train_batch_end", 6, lambda _: add_one(second)),
             guard,
-            data=FOUR_BATCHES,
         )
     messages = [str(w.message) for w in warned if "must not change" in str(w.message)]
     assert [path in m for m in messages for path in (first.path, second.path)] == [
