@@ -53,9 +53,10 @@ def main():
     if keras.backend.backend() == "torch":
         print("Keras trains on several devices on TensorFlow and JAX. stages [0, 0, 1, 1]: not run")
         return
+    devices = two_devices()  # Before TensorFlow makes the first tensor.
     x = np.random.default_rng(0).normal(size=(64, 8)).astype("float32")
     data = tf.data.Dataset.from_tensor_slices((x, x[:, :1])).batch(16, drop_remainder=True)
-    with two_devices():
+    with devices:
         keras.utils.set_random_seed(0)
         layers = [keras.layers.Dense(8, activation="tanh"), keras.layers.BatchNormalization()]
         backbone = FrozenBackbone(keras.Sequential([keras.Input((8,)), *layers], name="base"))
