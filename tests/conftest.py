@@ -1,5 +1,6 @@
 """Settings and builders that all tests share."""
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -151,15 +152,32 @@ def _short_input_pipelines(monkeypatch):
     monkeypatch.setattr(ArrayDataAdapter, "get_tf_dataset", short)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _eager_module(request):
+    """Has fixtures of a module with the mark `eager` run as its tests do.
+
+    Traced steps round otherwise on some processors.
+    """
+    marks = getattr(request.module, "pytestmark", [])
+    marks = marks if isinstance(marks, list) else [marks]
+    with _untraced(any(mark.name == "eager" for mark in marks)):
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _eager(request):
     """Runs the steps of a test with the mark `eager` without tracing them, on TensorFlow."""
-    eager = request.node.get_closest_marker("eager") and keras.backend.backend() == "tensorflow"
-    if eager:
+    with _untraced(request.node.get_closest_marker("eager") is not None):
+        yield
+
+
+@contextlib.contextmanager
+def _untraced(eager):
+    before = tf.config.functions_run_eagerly()
+    if eager and keras.backend.backend() == "tensorflow":
         tf.config.run_functions_eagerly(True)
     yield
-    if eager:
-        tf.config.run_functions_eagerly(False)
+    tf.config.run_functions_eagerly(before)
 
 
 @pytest.fixture(autouse=True)

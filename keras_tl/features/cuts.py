@@ -204,6 +204,7 @@ def _like(layer: keras.Layer, model: keras.Model, *, before: bool) -> keras.Laye
         part = FrozenBackbone(
             model,
             inference_mode=layer.inference_mode,
+            rematerialize=layer.rematerialize and not before,
             name=f"{layer.name}_frozen" if before else layer.name,
         )
     set_layer_flag(model, layer.trainable)

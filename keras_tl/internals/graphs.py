@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from keras_tl.internals.imported import Function
 
 
 @checked(SINCE_3_15)
-def _graph_of(layer: keras.Layer) -> Any:
+def graph_of(layer: keras.Layer) -> Any:
     """Returns the graph of a Functional or built Sequential model, None of anything else."""
     graph = layer._functional if isinstance(layer, keras.Sequential) else layer
     return graph if isinstance(graph, Function) else None
@@ -23,8 +24,49 @@ def _graph_of(layer: keras.Layer) -> Any:
 @checked(SINCE_3_15)
 def _nodes_of(layer: keras.Layer) -> dict[int, list[Any]]:
     """Returns the calls in a layer's graph by their distance from the outputs."""
-    graph = _graph_of(layer)
+    graph = graph_of(layer)
     return {} if graph is None else graph._nodes_by_depth
+
+
+@checked(SINCE_3_15)
+def nodes_in_graph(layer: keras.Layer) -> list[Any]:
+    """Returns the calls in a layer's graph in the order in which Keras makes them, less inputs."""
+    depths = _nodes_of(layer)
+    nodes = (node for depth in sorted(depths, reverse=True) for node in depths[depth])
+    return [node for node in nodes if not node.is_input]
+
+
+def sizes_of(graph: keras.Layer) -> tuple[list[float], list[float]]:
+    """Returns how many numbers each call in a graph makes of a sample, and those that are carried.
+
+    Of a layer that is made of layers, it is as if each returned as much as it does. An unknown
+    dimension counts as one.
+
+    Returns:
+        A pair of lists, for `cheapest_cuts`.
+    """
+    calls = nodes_in_graph(graph)
+    last = {id(x): place for place, call in enumerate(calls) for x in call.input_tensors}
+    last |= {id(x): len(calls) for x in graph.outputs}
+    carried = [0.0] * len(calls)
+    returned = []
+    for place, call in enumerate(calls):
+        for x in call.outputs:
+            for later in range(place + 1, min(last.get(id(x), place) + 1, len(calls))):
+                carried[later] += _size(x)
+        returned.append(sum(map(_size, call.outputs)) * _layers_in(call.operation))
+    return returned, carried
+
+
+def _size(x: Any) -> float:
+    return math.prod(dimension or 1 for dimension in x.shape[1:])
+
+
+@checked(SINCE_3_15)
+def _layers_in(operation: Any) -> int:
+    """How many layers an operation is made of that are made of none."""
+    layers = operation._flatten_layers() if isinstance(operation, keras.Layer) else []
+    return max(1, sum(not one._layers for one in layers))
 
 
 @checked(SINCE_3_15)
@@ -58,7 +100,7 @@ def operations_in_graph(model: keras.Model) -> list[Any] | None:
 
     None if the model is no Functional or Sequential model, and so has no graph.
     """
-    graph = _graph_of(model)
+    graph = graph_of(model)
     return None if graph is None else list(graph._operations)
 
 
@@ -100,12 +142,9 @@ def calls_in_graph(layer: keras.Layer) -> list[GraphCall]:
 
     None of them if the layer is no Functional or built Sequential model.
     """
-    depths = _nodes_of(layer)
-    nodes = [node for depth in sorted(depths, reverse=True) for node in depths[depth]]
     return [
         GraphCall(node.operation, node.input_tensors, node.outputs, node.arguments)
-        for node in nodes
-        if not node.is_input
+        for node in nodes_in_graph(layer)
     ]
 
 
@@ -155,14 +194,14 @@ def graph_outputs(model: keras.Model) -> Any | None:
 
     None if the model is neither, and so has no graph.
     """
-    graph = _graph_of(model)
+    graph = graph_of(model)
     return None if graph is None else graph._outputs_struct
 
 
 @checked(SINCE_3_15)
 def graph_inputs(model: keras.Model) -> Any:
     """Returns the symbolic inputs of a Functional or built Sequential, as they are nested."""
-    return _graph_of(model)._inputs_struct
+    return graph_of(model)._inputs_struct
 
 
 @checked(SINCE_3_15)

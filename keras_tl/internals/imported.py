@@ -5,9 +5,9 @@ from __future__ import annotations
 from keras_tl.internals.checked import SINCE_3_15, UnsupportedKerasError
 
 try:
-    from keras.src.backend import compute_output_spec
+    from keras.src.backend import AutocastScope, compute_output_spec
     from keras.src.backend.common import global_state
-    from keras.src.backend.common.masking import get_keras_mask
+    from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
     from keras.src.ops.function import Function
     from keras.src.optimizers.base_optimizer import clip_by_global_norm
     from keras.src.trainers.data_adapters import ArrayDataAdapter, get_data_adapter
@@ -18,12 +18,14 @@ except ImportError as error:
 
 __all__ = [
     "ArrayDataAdapter",
+    "AutocastScope",
     "Function",
     "clip_by_global_norm",
     "compute_output_spec",
     "get_data_adapter",
     "get_keras_mask",
     "global_state",
+    "set_keras_mask",
     "to_snake_case",
     "train_validation_split",
 ]

