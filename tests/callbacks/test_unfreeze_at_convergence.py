@@ -162,7 +162,7 @@ def test_regularizers_of_the_backbone_do_not_hide_an_improvement():
     for weight in wrapper.backbone.weights:
         if weight.name == "kernel":
             weight.regularizer = keras.regularizers.L2(10.0)
-    callback = UnfreezeAtConvergence(0.01, patience=1, max_frozen_epochs=2, verbose=0)
+    callback = UnfreezeAtConvergence(1e-4, patience=1, max_frozen_epochs=2, verbose=0)
     history = fit(model, callback, epochs=8).history["val_loss"]
 
     assert min(history[2:]) > max(history[:2]), "the loss must jump for the test to mean anything"
