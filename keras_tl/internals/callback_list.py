@@ -55,6 +55,21 @@ def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
     return {}
 
 
+def batch_size_of_fit(callback: keras.callbacks.Callback) -> int | None:
+    """Returns how many samples are in a batch of the running `fit`, None where that is not known.
+
+    What reads the data of `fit` knows it for arrays, and for some other data.
+    """
+    frame = _list_frame(callback)
+    while frame is not None:
+        reader = getattr(frame.f_locals.get("epoch_iterator"), "data_adapter", None)
+        if frame.f_locals.get("self") is callback.model and reader is not None:
+            size = getattr(reader, "batch_size", None)
+            return size if isinstance(size, int) and size > 0 else None
+        frame = frame.f_back
+    return None
+
+
 def _list_frame(callback: keras.callbacks.Callback) -> types.FrameType | None:
     """Returns the frame of the list that calls the callback."""
     # By what is in the list, not by the first list: a callback may run a `fit` of its own, and that

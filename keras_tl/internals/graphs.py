@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -36,7 +37,7 @@ def calls_in_graph(layer: keras.Layer) -> list[Any]:
 
 
 def sizes_of(graph: keras.Layer) -> tuple[list[float], list[float]]:
-    """Returns how many numbers each call in a graph makes of a sample, and those that are carried.
+    """Returns how many bytes each call in a graph makes of a sample, and those that are carried.
 
     Of a layer that is made of layers, it is as if each returned as much as it does. An unknown
     dimension counts as one.
@@ -58,7 +59,9 @@ def sizes_of(graph: keras.Layer) -> tuple[list[float], list[float]]:
 
 
 def _size(x: Any) -> float:
-    return math.prod(dimension or 1 for dimension in x.shape[1:])
+    bits = re.search(r"\d+", x.dtype)
+    numbers = math.prod(dimension or 1 for dimension in x.shape[1:])
+    return numbers * (1 if bits is None else int(bits[0]) / 8)
 
 
 @checked(SINCE_3_15)
