@@ -2,6 +2,7 @@
 
 import keras
 import pytest
+import tensorflow as tf
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence, memory_report
 from tests import models
@@ -108,11 +109,20 @@ def test_a_batch_of_none_is_an_error():
         memory_report(build()[0], batch_size=0)
 
 
-def test_the_switch_says_what_the_next_stage_needs(capsys):
+def arrays(x, y):
+    return {"x": x, "y": y, "batch_size": 8}
+
+
+def dataset(x, y):
+    return {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(8).prefetch(1)}
+
+
+@pytest.mark.parametrize("data", [arrays, dataset])
+def test_the_switch_says_what_the_next_stage_needs(data, capsys):
     model, _ = build()
-    x, y = regression_data()
+    x, y = regression_data(samples=15)
     callback = UnfreezeAtConvergence(max_frozen_epochs=1)
-    model.fit(x, y, validation_data=(x, y), batch_size=8, epochs=2, callbacks=[callback], verbose=0)
+    model.fit(**data(x, y), validation_data=(x, y), epochs=2, callbacks=[callback], verbose=0)
     line = f"  memory         {memory_report(model, batch_size=8)}\n"
     assert line in capsys.readouterr().out
     assert "activations about 416 B" in line
