@@ -13,6 +13,7 @@ from keras_tl.internals.checked import UnsupportedKerasError
 from keras_tl.interpolation import interpolate_weights
 from keras_tl.layers import FrozenBackbone
 from keras_tl.learning_rate_finder import LearningRateRange, find_learning_rate
+from keras_tl.memory import MemoryReport, memory_report
 from keras_tl.optimizers import GroupOptimizer
 from keras_tl.optimizers.learning_rates import layerwise_learning_rates
 from keras_tl.reporting import TrainableReport, trainable_report
@@ -32,6 +33,7 @@ __all__ = [
     "FrozenWeightsChangedError",
     "GroupOptimizer",
     "LearningRateRange",
+    "MemoryReport",
     "Stage",
     "StaleCacheError",
     "StaleCompileError",
@@ -45,6 +47,7 @@ __all__ = [
     "fine_tune",
     "interpolate_weights",
     "layerwise_learning_rates",
+    "memory_report",
     "plot_stages",
     "plot_trainable",
     "renew_optimizer",

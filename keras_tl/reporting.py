@@ -9,9 +9,9 @@ import keras
 from keras_tl.backbone.freezing import count_params
 from keras_tl.backbone.selecting import batchnorm_layers, flatten_layers
 from keras_tl.guard import diagnosis
-from keras_tl.guard.fingerprints import itemsize
 from keras_tl.internals.layers import sublayers
 from keras_tl.internals.optimizers import optimizer_weights
+from keras_tl.internals.values import itemsize
 from keras_tl.layers import FrozenBackbone
 from keras_tl.messages import format_table, html_table
 

@@ -19,8 +19,9 @@ from keras_tl.features.same_epochs import check_training_data, check_validation_
 from keras_tl.features.source import Source
 from keras_tl.features.splitting import SplitModel, check_has_graph, recompile_head
 from keras_tl.features.unrolled import Unrolled
-from keras_tl.features.worth import Terms, bytes_of, in_words, judge
+from keras_tl.features.worth import Terms, bytes_of, judge
 from keras_tl.internals.randomness import random_state
+from keras_tl.messages import bytes_in_words
 
 _ITEM_BYTES = {None: None, "float32": 4, "float16": 2, "bfloat16": 2}
 
@@ -200,7 +201,8 @@ class StageRecords:
             return True
         self._say(
             f"fine_tune trains stage {stage} through the whole model: the outputs of the backbone "
-            f"take {in_words(total)}, and {in_words(terms.max_bytes)} may be kept (`max_bytes`)."
+            f"take {bytes_in_words(total)}, and {bytes_in_words(terms.max_bytes)} may be kept "
+            "(`max_bytes`)."
         )
         return False
 

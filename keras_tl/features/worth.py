@@ -15,6 +15,8 @@ import keras
 
 from keras_tl.features.cuts import Cut, Shapes, cuts
 from keras_tl.features.unrolled import Unrolled, size_of
+from keras_tl.internals.values import itemsize
+from keras_tl.messages import bytes_in_words
 
 # What a byte of a record costs that replaces a byte of the inputs, and one that there was not.
 _PER_BYTE, _PER_BYTE_MORE = 100, 1000
@@ -101,19 +103,10 @@ def bytes_of(tensors: Sequence[Any], shapes: Shapes, item_bytes: int | None) -> 
     total = 0
     for x in tensors:
         dtype = keras.backend.standardize_dtype(x.dtype)
-        own = 1 if dtype == "bool" else int("".join(c for c in dtype if c.isdigit())) // 8
+        own = itemsize(dtype)
         kept = min(own, item_bytes or own) if "float" in dtype else own
         total += kept * size_of(shapes[id(x)])
     return total
-
-
-def in_words(count: float) -> str:
-    """Returns a number of bytes as people write it."""
-    for unit in ("bytes", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.3g} {unit}"
-        count /= 1024
-    raise AssertionError
 
 
 def _bytes(cut: Cut, shapes: Shapes, terms: Terms | None) -> int:
@@ -154,8 +147,8 @@ def _share(cut: Cut) -> str:
 
 
 def _what(cut: Cut, shapes: Shapes, terms: Terms) -> str:
-    size = in_words(_bytes(cut, shapes, terms))
-    total = in_words(_all_bytes(cut, shapes, terms))
+    size = bytes_in_words(_bytes(cut, shapes, terms))
+    total = bytes_in_words(_all_bytes(cut, shapes, terms))
     spared = _share(cut)
     return (
         f"what comes after {cut.name}, {size} a sample and {total} in all: an epoch on it spares "
@@ -165,8 +158,8 @@ def _what(cut: Cut, shapes: Shapes, terms: Terms) -> str:
 
 def _too_many(cut: Cut, shapes: Shapes, terms: Terms) -> str:
     return (
-        f"what comes after {cut.name} takes {in_words(_all_bytes(cut, shapes, terms))}, and "
-        f"{in_words(terms.max_bytes)} may be kept (`max_bytes`)"
+        f"what comes after {cut.name} takes {bytes_in_words(_all_bytes(cut, shapes, terms))}, and "
+        f"{bytes_in_words(terms.max_bytes)} may be kept (`max_bytes`)"
     )
 
 
@@ -178,7 +171,7 @@ def _why_not(found: Sequence[Cut], shapes: Shapes, terms: Terms) -> str:
         return f"{terms.epochs} epochs at most are too few to make up for recording"
     if size > given:
         return (
-            f"what comes after {cut.name} is larger than the input ({in_words(size)} a sample, not "
-            f"{in_words(given)}), and would spare {spared}"
+            f"what comes after {cut.name} is larger than the input ({bytes_in_words(size)} a "
+            f"sample, not {bytes_in_words(given)}), and would spare {spared}"
         )
     return f"what is frozen up to {cut.name} is {spared}, too little to record it"

@@ -34,7 +34,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -43,7 +42,14 @@ import numpy as np
 from keras import ops
 
 from keras_tl.internals.processes import of_chief
-from keras_tl.internals.values import compiled_reading, device_of, fused, on_device, replicas
+from keras_tl.internals.values import (
+    compiled_reading,
+    device_of,
+    fused,
+    itemsize,
+    on_device,
+    replicas,
+)
 
 _ROWS = 32
 _COLUMNS = 64
@@ -149,12 +155,6 @@ def _words(elements: Any) -> Any:
     if dtype == "bool":
         return ops.cast(elements, "int8")
     return ops.view(elements, f"int{min(8 * itemsize(dtype), 32)}")
-
-
-def itemsize(dtype: str) -> int:
-    """Returns how many bytes an element of that dtype takes."""
-    bits = re.search(r"\d+", dtype)
-    return 1 if bits is None else int(bits[0]) // 8
 
 
 @dataclasses.dataclass(frozen=True)

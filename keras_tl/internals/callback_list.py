@@ -55,6 +55,34 @@ def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
     return {}
 
 
+def batch_size_of_fit(callback: keras.callbacks.Callback) -> int | None:
+    """Returns how many samples are in a batch of the running `fit`, None where that is not known.
+
+    What reads the data of `fit` knows it for arrays and loaders, and of a `tf.data.Dataset` only if
+    its last batch is full too.
+    """
+    frame = _list_frame(callback)
+    while frame is not None:
+        reader = getattr(frame.f_locals.get("epoch_iterator"), "data_adapter", None)
+        if frame.f_locals.get("self") is callback.model and reader is not None:
+            size = getattr(reader, "batch_size", None) or _batched_by(reader)
+            return size if isinstance(size, int) and size > 0 else None
+        frame = frame.f_back
+    return None
+
+
+def _batched_by(reader: Any) -> int | None:
+    """Returns the size of the batches that a `tf.data.Dataset` was cut into, if it tells."""
+    dataset = getattr(reader, "_dataset", None)
+    while dataset is not None:
+        # TensorFlow's attributes, of which no other says it. Without them, it is not known.
+        size = getattr(dataset, "_batch_size", None)
+        if size is not None:
+            return int(size)
+        dataset = getattr(dataset, "_input_dataset", None)
+    return None
+
+
 def _list_frame(callback: keras.callbacks.Callback) -> types.FrameType | None:
     """Returns the frame of the list that calls the callback."""
     # By what is in the list, not by the first list: a callback may run a `fit` of its own, and that

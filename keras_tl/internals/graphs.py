@@ -12,6 +12,7 @@ import keras
 
 from keras_tl.internals.checked import SINCE_3_15, checked
 from keras_tl.internals.imported import Function
+from keras_tl.internals.values import itemsize
 
 
 @checked(SINCE_3_15)
@@ -37,7 +38,7 @@ def nodes_in_graph(layer: keras.Layer) -> list[Any]:
 
 
 def sizes_of(graph: keras.Layer) -> tuple[list[float], list[float]]:
-    """Returns how many numbers each call in a graph makes of a sample, and those that are carried.
+    """Returns how many bytes each call in a graph makes of a sample, and those that are carried.
 
     Of a layer that is made of layers, it is as if each returned as much as it does. An unknown
     dimension counts as one.
@@ -59,7 +60,7 @@ def sizes_of(graph: keras.Layer) -> tuple[list[float], list[float]]:
 
 
 def _size(x: Any) -> float:
-    return math.prod(dimension or 1 for dimension in x.shape[1:])
+    return itemsize(x.dtype) * math.prod(dimension or 1 for dimension in x.shape[1:])
 
 
 @checked(SINCE_3_15)

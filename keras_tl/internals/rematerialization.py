@@ -40,6 +40,8 @@ class Rematerialized:
         add_loss: A function that takes the losses that layers have added.
     """
 
+    _lock = threading.Lock()
+
     def __init__(
         self,
         model: keras.Model,
@@ -47,7 +49,6 @@ class Rematerialized:
         add_loss: Callable[[Any], None],
     ):
         self._graphs = [_Graph(graph, within, add_loss) for graph in _graphs_in(model)]
-        self._lock = threading.Lock()
         self._entered = 0
 
     def __enter__(self) -> None:

@@ -31,7 +31,7 @@ def cheapest_cuts(returned: Sequence[float], carried: Sequence[float]) -> list[i
         (total / 2 ** (step / 2) for step in range(1, 40)),
     )
     tries = [[], *(list(_cuts_within(limit, returned, carried)) for limit in limits)]
-    return min(tries, key=lambda cuts: _need(cuts, returned, carried))
+    return min(tries, key=lambda cuts: least_need(cuts, returned, carried))
 
 
 def segments(start: int, end: int, cuts: Sequence[int]) -> list[tuple[int, int]]:
@@ -45,7 +45,8 @@ def segments(start: int, end: int, cuts: Sequence[int]) -> list[tuple[int, int]]
     return list(itertools.pairwise([start, *cuts, end]))
 
 
-def _need(cuts: Sequence[int], returned: Sequence[float], carried: Sequence[float]) -> float:
+def least_need(cuts: Sequence[int], returned: Sequence[float], carried: Sequence[float]) -> float:
+    """Returns what a backward pass holds at a time, of a chain that is cut; see `cheapest_cuts`."""
     parts = segments(0, len(returned), cuts)
     largest = max((sum(returned[start:end]) for start, end in parts), default=0)
     return sum(carried[place] for place in cuts) + largest

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
 import numpy as np
+
+
+def itemsize(dtype: str) -> int:
+    """Returns how many bytes an element of that dtype takes."""
+    bits = re.search(r"\d+", dtype)
+    return 1 if bits is None else int(bits[0]) // 8
 
 
 def replicas(weight: keras.Variable) -> list[Any]:

@@ -225,6 +225,8 @@ class FrozenBackbone(keras.layers.Layer):
 
     def build(self, input_shape: Any) -> None:
         self._build_backbone(input_shape)
+        if self.rematerialize:
+            _check_has_graph(self.backbone)
         self._hold(self.backbone)
         if self._saved is not None:
             self._restore(self._saved)
@@ -560,13 +562,18 @@ def _by_id(tensors: Any, others: Any) -> dict[int, Any]:
     return {id(tensor): other for tensor, other in pairs}
 
 
-def _check_can_rematerialize(backbone: keras.Layer, inference_mode: str) -> None:
-    if not isinstance(backbone, keras.Sequential) and operations_in_graph(backbone) is None:
+def _check_has_graph(backbone: keras.Layer) -> None:
+    if operations_in_graph(backbone) is None:
         raise ValueError(
             "`rematerialize=True` needs a Functional or Sequential backbone, in whose graph blocks "
             f'can be found. Received "{backbone.name}" of type {type(backbone).__name__}. Make its '
             "layers in a `keras.RematScope`, with `rematerialize=False`."
         )
+
+
+def _check_can_rematerialize(backbone: keras.Layer, inference_mode: str) -> None:
+    if not isinstance(backbone, keras.Sequential):  # Which may not be built yet.
+        _check_has_graph(backbone)
     if inference_mode != "always":
         raise ValueError(
             '`rematerialize=True` needs `inference_mode="always"`: what is random in a layer may '

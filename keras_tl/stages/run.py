@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import keras
 
 from keras_tl.backbone.selecting import is_built
-from keras_tl.internals.callback_list import callbacks_beside, data_of_fit
+from keras_tl.internals.callback_list import batch_size_of_fit, callbacks_beside, data_of_fit
 from keras_tl.internals.models import keeps_no_optimizer, unset_initial_epoch
 from keras_tl.internals.optimizers import steps_of
+from keras_tl.memory import memory_report
 from keras_tl.messages import say
 from keras_tl.optimizers.groups import learning_rate_of
 from keras_tl.stages import early_stops, observers, tensorboard
@@ -269,7 +270,10 @@ class Run:
         else:
             what = f"begins stage {self.stage} of" if self._exactly else "unfreezes"
         block = transition.describe(
-            f"{what} {self._staged.names}", why, self._decisions.what_next(self.stage)
+            f"{what} {self._staged.names}",
+            why,
+            self._decisions.what_next(self.stage),
+            str(memory_report(self._model, batch_size=batch_size_of_fit(self._callback))),
         )
         self._say(block)
         tensorboard.write_switch(self._beside, epoch, block)

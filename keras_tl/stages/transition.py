@@ -106,13 +106,14 @@ class Transition:
             "parameters": _parameters(self.trainable_before, self.trainable_after),
         }
 
-    def describe(self, what: str, why: str, then: str) -> str:
+    def describe(self, what: str, why: str, then: str, memory: str = "") -> str:
         """Returns a block of lines for the user.
 
         Args:
             what: String. What the callback does, after its name.
             why: String. What the reason means.
             then: String. What happens next.
+            memory: String. How much memory the new stage takes.
 
         Returns:
             A string of several lines.
@@ -129,6 +130,7 @@ class Transition:
             "cannot train": some(self.cannot_train),
             "parameters": _parameters(self.trainable_before, self.trainable_after),
             "learning rate": f"{rate} ({groups})" if groups else rate,
+            "memory": memory,
             "next": then,
         }
         block = [f"  {label:<15}{text}" for label, text in lines.items() if text]

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from keras_tl import FrozenBackbone, UnfreezeAtConvergence
+from keras_tl import FrozenBackbone, UnfreezeAtConvergence, memory_report
 from keras_tl.stages import switching
 from tests import models
 from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
@@ -458,6 +458,7 @@ Epoch 3: UnfreezeAtConvergence unfreezes "{wrapper.backbone.name}"
   joining        2 layers: {first}, {second}
   parameters     5 -> 45 trainable
   learning rate  0.01 -> 0.001
+  memory         {memory_report(model, batch_size=16)}
   next           fine-tuning until score stops improving for 1 epoch, then the end
 """
     assert block in printed

@@ -1,5 +1,7 @@
 """A backbone whose activations are computed again in the backward pass."""
 
+import copy
+
 import keras
 import numpy as np
 import pytest
@@ -259,6 +261,25 @@ def test_a_saved_model_goes_on_with_it(tmp_path):
     assert models.frozen_backbone_of(loaded).rematerialize is True
     x, y = regression_data()
     assert loaded.train_on_batch(x, y) == pytest.approx(model.train_on_batch(x, y))
+
+
+def test_a_sequential_backbone_may_be_built_later():
+    base = keras.Sequential([dense() for _ in range(10)])
+    wrapper = FrozenBackbone(base, rematerialize=True)
+    models.functional_outer(wrapper)
+    wrapper.unfreeze("all")
+    x, _ = regression_data()
+    np.testing.assert_array_equal(
+        keras.ops.convert_to_numpy(wrapper(keras.ops.convert_to_tensor(x))),
+        keras.ops.convert_to_numpy(base(keras.ops.convert_to_tensor(x))),
+    )
+
+
+def test_a_copy_has_segments_of_its_own():
+    model, wrapper = compiled(chain(), True)
+    twin = models.frozen_backbone_of(copy.deepcopy(model))
+    assert twin.rematerialize is True
+    assert twin._in_segments is not wrapper._in_segments
 
 
 def test_a_call_of_the_backbone_itself_is_as_ever():
