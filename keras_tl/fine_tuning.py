@@ -15,7 +15,7 @@ from keras_tl.backbone.selecting import choose_layers, is_built
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.features.same_epochs import never_ends
 from keras_tl.features.stage_records import RecordSettings, StageRecords
-from keras_tl.internals.batches import split_off_validation
+from keras_tl.internals.batches import samples_in_batch, split_off_validation
 from keras_tl.messages import say
 from keras_tl.stages.joint_fits import JointFits
 
@@ -178,7 +178,13 @@ def fine_tune(
         **unfreezing,
     )
     in_order = _in_order(callbacks, switch, says)
-    fits = JointFits(in_order, model, epochs=epochs, verbose=verbose)
+    fits = JointFits(
+        in_order,
+        model,
+        epochs=epochs,
+        verbose=verbose,
+        batch_size=samples_in_batch(x, batch_size),
+    )
     fits.begin(x, y, sample_weight, validation_data=validation_data, class_weight=class_weight)
     records = StageRecords(
         model,

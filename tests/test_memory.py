@@ -4,7 +4,7 @@ import keras
 import pytest
 import tensorflow as tf
 
-from keras_tl import FrozenBackbone, UnfreezeAtConvergence, memory_report
+from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, fine_tune, memory_report
 from tests import models
 from tests.conftest import regression_data
 
@@ -115,6 +115,20 @@ def arrays(x, y):
 
 def dataset(x, y):
     return {"x": tf.data.Dataset.from_tensor_slices((x, y)).batch(8).prefetch(1)}
+
+
+def test_joint_fits_know_the_samples_in_a_batch(capsys):
+    model, _ = build()
+    x, y = regression_data(samples=15)
+    settings = {"max_frozen_epochs": 1, "epochs": 3, "record": True, "verbose": 2}
+    fine_tune(
+        model, **arrays(x, y), stages=[Stage(1, 1e-3, epochs=1), Stage("all", 1e-3)], **settings
+    )
+    lines = [line for line in capsys.readouterr().out.splitlines() if "  memory " in line]
+    assert [line.split()[-3:] for line in lines] == [
+        ["about", "160", "bytes"],
+        ["about", "416", "bytes"],
+    ]
 
 
 @pytest.mark.parametrize("data", [arrays, dataset])

@@ -118,8 +118,10 @@ class Unrolled:
         inner = graph_in(call.operation)
         if inner is None or not _takes(inner, call):
             return None
-        # The graphs of two models may share tensors, which could not be told apart here.
-        own = [*keras.tree.flatten(graph_inputs(inner))]
+        # The graphs of two models may share tensors, which could not be told apart here. A model on
+        # the inputs of the one in it, as KerasHub's tasks are, gives it the tensors that it shares.
+        pairs = zip(keras.tree.flatten(graph_inputs(inner)), call.inputs, strict=True)
+        own = [x for x, given in pairs if self._first[id(given)] is not x]
         own += [x for one in calls_in_graph(inner) for x in one.outputs]
         return None if any(id(x) in self._seen for x in own) else inner
 
@@ -160,6 +162,7 @@ class Unrolled:
             id(x): keras.KerasTensor((None, *spec.shape[1:]), x.dtype)
             for x, spec in zip(self.inputs, specs, strict=True)
         }
+        yield from ((key, tuple(one.shape)[1:]) for key, one in found.items())
         for step in self.steps:
             given = {id(x): found[id(y)] for x, y in zip(step.call.inputs, step.inputs)}
             args, kwargs = step.call.on(given)

@@ -11,6 +11,7 @@ from typing import Any
 
 import keras
 import numpy as np
+import tensorflow as tf
 
 from keras_tl.internals.checked import SINCE_3_15, checked
 from keras_tl.internals.imported import (
@@ -18,6 +19,8 @@ from keras_tl.internals.imported import (
     get_data_adapter,
     train_validation_split,
 )
+
+_DEFAULT_BATCH_SIZE = 32
 
 
 def batch_count(x: Any, y: Any, sample_weight: Any, batch_size: int | None) -> int | None:
@@ -30,6 +33,32 @@ def batch_count(x: Any, y: Any, sample_weight: Any, batch_size: int | None) -> i
         batch_size: Int or None. For arrays; None is Keras' default.
     """
     return get_data_adapter(x, y, sample_weight, batch_size).num_batches
+
+
+def samples_in_batch(x: Any, batch_size: int | None) -> int | None:
+    """Returns how many samples `fit` has in a batch, None if the data does not tell.
+
+    Args:
+        x: Whatever `fit` takes.
+        batch_size: Int or None. For arrays; None is Keras' default.
+    """
+    if isinstance(x, tf.data.Dataset):
+        return _batched_by(x)
+    leaves = keras.tree.flatten(x)
+    if leaves and all(hasattr(one, "shape") for one in leaves):
+        return batch_size or _DEFAULT_BATCH_SIZE
+    return getattr(x, "batch_size", None)  # As torch's loaders have it.
+
+
+def _batched_by(dataset: Any) -> int | None:
+    """Returns the size of the batches that a `tf.data.Dataset` was cut into, if it tells."""
+    while dataset is not None:
+        # TensorFlow's attributes, of which no other says it. Without them, it is not known.
+        size = getattr(dataset, "_batch_size", None)
+        if size is not None:
+            return int(size)
+        dataset = getattr(dataset, "_input_dataset", None)
+    return None
 
 
 def split_off_validation(x: Any, y: Any, sample_weight: Any, split: float) -> tuple[Any, Any]:

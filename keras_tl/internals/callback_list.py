@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_tl.internals.batches import samples_in_batch
 from keras_tl.internals.checked import SINCE_3_15, checked
 
 
@@ -42,6 +43,24 @@ def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
     an overridden `fit` without these arguments, nothing is seen. Joint fits, which are one to the
     callbacks, start in a method of their list, which has the arguments.
     """
+    running = _arguments_of_fit(callback)
+    names = ("x", "y", "sample_weight", "validation_data", "class_weight")
+    return {name: running[name] for name in names if running.get(name) is not None}
+
+
+def batch_size_of_fit(callback: keras.callbacks.Callback) -> int | None:
+    """Returns how many samples are in a batch of the running `fit`, None where that is not known.
+
+    Joint fits say it among the `params` of their callbacks.
+    """
+    if "batch_size" in (callback.params or {}):
+        return callback.params["batch_size"]
+    running = _arguments_of_fit(callback)
+    return samples_in_batch(running.get("x"), running.get("batch_size"))
+
+
+def _arguments_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
+    """Returns the names in the running `fit`, or in the method of a list that starts joint fits."""
     frame = _list_frame(callback)
     while frame is not None:
         running = frame.f_locals
@@ -49,38 +68,9 @@ def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
         if isinstance(owner, keras.callbacks.CallbackList):
             owner = owner.model
         if owner is callback.model and "validation_data" in running:
-            names = ("x", "y", "sample_weight", "validation_data", "class_weight")
-            return {name: running[name] for name in names if running.get(name) is not None}
+            return running
         frame = frame.f_back
     return {}
-
-
-def batch_size_of_fit(callback: keras.callbacks.Callback) -> int | None:
-    """Returns how many samples are in a batch of the running `fit`, None where that is not known.
-
-    What reads the data of `fit` knows it for arrays and loaders, and of a `tf.data.Dataset` only if
-    its last batch is full too.
-    """
-    frame = _list_frame(callback)
-    while frame is not None:
-        reader = getattr(frame.f_locals.get("epoch_iterator"), "data_adapter", None)
-        if frame.f_locals.get("self") is callback.model and reader is not None:
-            size = getattr(reader, "batch_size", None) or _batched_by(reader)
-            return size if isinstance(size, int) and size > 0 else None
-        frame = frame.f_back
-    return None
-
-
-def _batched_by(reader: Any) -> int | None:
-    """Returns the size of the batches that a `tf.data.Dataset` was cut into, if it tells."""
-    dataset = getattr(reader, "_dataset", None)
-    while dataset is not None:
-        # TensorFlow's attributes, of which no other says it. Without them, it is not known.
-        size = getattr(dataset, "_batch_size", None)
-        if size is not None:
-            return int(size)
-        dataset = getattr(dataset, "_input_dataset", None)
-    return None
 
 
 def _list_frame(callback: keras.callbacks.Callback) -> types.FrameType | None:

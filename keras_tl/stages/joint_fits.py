@@ -21,6 +21,7 @@ class JointFits(keras.callbacks.CallbackList):
         model: The model.
         epochs: Int. The last epoch of all fits.
         verbose: As in `fit`.
+        batch_size: Int or None. The samples in a batch, if that is known.
     """
 
     def __init__(
@@ -30,6 +31,7 @@ class JointFits(keras.callbacks.CallbackList):
         *,
         epochs: int,
         verbose: Any,
+        batch_size: int | None = None,
     ):
         super().__init__(
             list(callbacks),
@@ -41,6 +43,7 @@ class JointFits(keras.callbacks.CallbackList):
             steps=None,
         )
         self._settings = {"epochs": epochs, "verbose": verbose}
+        self._batch_size = batch_size
         # On JAX, reading `model` of a callback gives the variables the values that `fit` has.
         self._trainer = keras.callbacks.Callback()
         self._until: Callable[[], bool] = bool
@@ -88,7 +91,7 @@ class JointFits(keras.callbacks.CallbackList):
         Args:
             steps: Int or None. How many steps an epoch has, for the progress bar.
         """
-        self.set_params({**self._settings, "steps": steps})
+        self._set_steps(steps)
         super().on_epoch_begin(self._epoch)
         self._begun = self._epoch
         # Which the fit resets, and then heeds after its first batch.
@@ -117,7 +120,7 @@ class JointFits(keras.callbacks.CallbackList):
         self._until = until
         # `fit` takes a ready CallbackList as it is, and so neither gives the callbacks its own
         # model nor adds a History: what a fit of its own would tell them is set here.
-        self.set_params({**self._settings, "steps": steps})
+        self._set_steps(steps)
         trainer.history = self.history  # Which `fit` returns.
         with not_averaged(trainer.optimizer):
             trainer.fit(
@@ -125,6 +128,9 @@ class JointFits(keras.callbacks.CallbackList):
             )
         # Where the model itself trained, only for that fit was it told to stop by `until`.
         self.model.stop_training = self._asked
+
+    def _set_steps(self, steps: int | None) -> None:
+        self.set_params({**self._settings, "steps": steps, "batch_size": self._batch_size})
 
     def end(self, *, validation_data: Any = None) -> None:
         """Calls `on_train_end` of the callbacks.

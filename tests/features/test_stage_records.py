@@ -169,6 +169,21 @@ def test_a_plain_nested_backbone():
 
 
 @pytest.mark.eager
+def test_a_model_on_the_inputs_of_its_backbone(trained):
+    def on_its_inputs():
+        keras.utils.set_random_seed(0)
+        backbone = FrozenBackbone(residual())
+        x = seeded_dropout(0.3)(backbone(backbone.backbone.input))
+        model = keras.Model(backbone.backbone.input, keras.layers.Dense(1)(x))
+        model.compile(keras.optimizers.Adam(0.02), "mse")
+        return model
+
+    check_same(on_its_inputs, stages=STAGES[:1], epochs=3)
+    whole = len(on_its_inputs().weights)
+    assert trained == [whole - 18, whole - 12]
+
+
+@pytest.mark.eager
 @pytest.mark.parametrize("interrupted_at", [2, 4])
 def test_a_run_goes_on_from_its_backup_in_a_recorded_stage(interrupted_at, tmp_path, trained):
     class Interrupt(keras.callbacks.Callback):
@@ -359,3 +374,11 @@ def test_what_no_later_stage_needs_is_freed():
     # Features to train and to validate on, of one stage at a time, and none in the last one.
     assert [len(one) for one in kept] == [2, 2, 2, 2, 0]
     assert not any(one.samples_in_memory for one in readers)
+
+
+def test_dimensions_that_are_open_are_those_of_the_data():
+    inputs = keras.Input((None, 4))
+    model = keras.Model(inputs, keras.layers.Dense(3)(inputs))
+    shapes = Unrolled(model).shapes([keras.KerasTensor((None, 7, 4))])
+    assert shapes[id(inputs)] == (7, 4)
+    assert shapes[id(model.output)] == (7, 3)
