@@ -41,7 +41,8 @@ class FeatureCache:
     bit for bit, if it is recorded in batches of the same size, in its own dtype. Batches of another
     size are summed in another order, and so are backbone and head where a compiler joins them (XLA;
     TensorFlow joins an Add with the Dense before it): that is a difference of rounding, some 1e-6
-    of a feature's size in float32.
+    of a feature's size in float32. On torch, Dropout without a `seed` draws other numbers than in
+    `fit`: there it shares a generator with what reads arrays.
 
     Where some of the backbone trains, the record is of what comes before that: as deep as all
     layers are frozen, none is random and no BatchNormalization updates its statistics, also in the
