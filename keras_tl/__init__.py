@@ -1,5 +1,6 @@
 """Drop-in Keras 3 callbacks and layers for transfer learning."""
 
+from keras_tl.calibration import scale_temperature
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.errors import (
     FrozenWeightsChangedError,
@@ -51,6 +52,7 @@ __all__ = [
     "plot_stages",
     "plot_trainable",
     "renew_optimizer",
+    "scale_temperature",
     "trainable_report",
     "unwrap",
 ]

@@ -8,8 +8,9 @@ Each run is a line of JSON in a folder of the user's (`--cache`), so that a comm
 continues where it was. Ways with one learning rate try each of a grid, and the one with the best
 validation loss counts, seed by seed; their seconds are those of all rates. Scores are balanced
 accuracy on held-out data, mean and standard deviation over the seeds; the error of calibration is
-that on the first of these data. Seconds are of the processor, all cores together, so that what else
-the machine does changes them little. It prints tables, and draws a picture in the same folder.
+that on the first of these data, before and after `scale_temperature` on the validation data.
+Seconds are of the processor, all cores together, so that what else the machine does changes them
+little. It prints tables, and draws a picture in the same folder.
 """
 
 import argparse
@@ -24,10 +25,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import keras
 import numpy as np
 
+from keras_tl import scale_temperature
 from tests.benchmarks.quality.pairs import PAIRS, MissingError
 from tests.benchmarks.quality.ways import WAYS
 
 FOLDER = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+
+
+_ERRORS = ("calibration", "after_scaling")
 
 
 def probabilities(model, x):
@@ -58,11 +63,15 @@ def run(pair, way, rate, seed):
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     predicted = {name: probabilities(model, x) for name, (x, _) in tests.items()}
     first = next(iter(tests))
+    val_loss = model.evaluate(*validation, verbose=0)[0]
+    scale_temperature(model, *validation)
+    scaled = probabilities(model, tests[first][0])
     return {
         "seconds": round(seconds, 1),
         "cpu": round(cpu, 1),
-        "val_loss": model.evaluate(*validation, verbose=0)[0],
+        "val_loss": val_loss,
         "calibration": calibration_error(predicted[first], tests[first][1]),
+        "after_scaling": calibration_error(scaled, tests[first][1]),
         "scores": {name: balanced_accuracy(predicted[name], y) for name, (_, y) in tests.items()},
     }
 
@@ -114,7 +123,8 @@ def table(results, name):
     ]
     for way, runs in found.items():
         cells = [_mean([one["scores"][test] for one in runs]) for test in tests]
-        cells.append(f"{statistics.mean(one['calibration'] for one in runs):.3f}")
+        errors = [[one[of] for one in runs if of in one] for of in _ERRORS]
+        cells.append(" -> ".join(f"{statistics.mean(some):.3f}" for some in errors if some))
         cells.append(f"{statistics.mean(one['cpu'] for one in runs):.0f}")
         lines.append(f"| {way} | {len(runs)} | {' | '.join(cells)} |")
     return "\n".join(lines)
