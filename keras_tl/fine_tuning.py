@@ -15,7 +15,8 @@ from keras_tl.backbone.selecting import choose_layers, is_built
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.features.same_epochs import never_ends
 from keras_tl.features.stage_records import RecordSettings, StageRecords
-from keras_tl.internals.batches import split_off_validation
+from keras_tl.internals.batches import batch_count, split_off_validation
+from keras_tl.internals.processes import divides_data
 from keras_tl.messages import say
 from keras_tl.stages.joint_fits import JointFits
 
@@ -161,6 +162,8 @@ def fine_tune(
     )
     if record not in ("auto", True, False):
         raise ValueError(f'`record` must be "auto", True or False. Received: record={record!r}.')
+    if divides_data():
+        _check_divisible(x, y, sample_weight, validation_data)
     # A callback may change the working directory.
     cache_dir = None if cache_dir is None else os.path.abspath(cache_dir)
     if validation_split and validation_data is None:
@@ -256,6 +259,16 @@ def _check_arguments(model: keras.Model, x: Any, *, epochs: int, **counts: int |
             f"{what} needs `steps_per_epoch`: it is read in several epochs, and must not end. "
             "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset` that has a length."
         )
+
+
+def _check_divisible(x: Any, y: Any, sample_weight: Any, validation_data: Any) -> None:
+    """Raises Keras' ValueError for data of which it cannot give each process its share.
+
+    The stages that train on features would not need it, and the later ones fail.
+    """
+    batch_count(x, y, sample_weight, None)
+    if validation_data is not None:
+        batch_count(*keras.utils.unpack_x_y_sample_weight(validation_data), None)
 
 
 def _in_order(
