@@ -28,6 +28,7 @@ from keras_tl.features.source import Samples
 from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import Shard, Store
 from keras_tl.internals.apart import apart, spread_weights
+from keras_tl.internals.models import in_data_parallel
 from keras_tl.internals.processes import (
     agreed,
     divides_data,
@@ -66,7 +67,12 @@ def alone_in_process(model: keras.Model, function: Callable[[], Any]) -> Any:
 
 
 def check_held(split: SplitModel) -> None:
-    """Raises an UncacheableError if a process does not hold all weights up to the split."""
+    """Raises an UncacheableError if a process cannot compute all up to the split by itself."""
+    if in_data_parallel(split.model):
+        raise UncacheableError(
+            "Features are not recorded by several processes on torch, where Keras has them run all "
+            "models together. Record them with the JAX backend, or train through the backbone."
+        )
     spread = spread_weights(split.graph.variables)
     if spread:
         raise UncacheableError(
