@@ -215,9 +215,7 @@ class FeatureCache:
             recorded = shards_of_all(
                 parts, store, alone, shard=shard, refresh=refresh, check_data=check_data
             )
-            if not source.agrees:
-                # What was recorded before may be of a model that prepares no data.
-                alone(lambda: self._check_agrees(source))
+            alone(lambda: self._check_agrees(source))
         records = store.records or _records_of_nothing(self._split, source)
         by_pass = [
             [shard for part in recorded for shard in part[view]] for view in range(settings.passes)
@@ -263,7 +261,11 @@ class FeatureCache:
         return source
 
     def _check_agrees(self, source: Source) -> None:
-        if source.first is not None:
+        """Raises an UncacheableError if the model does more with its data than call its layers.
+
+        What was recorded before may be of a model that did not.
+        """
+        if source.first is not None and not source.agrees:
             self._split.check_agrees(source.first, None, arrays=source.fixed)
 
     def _check(self, dtype: Any, views: Any, shard: Any, name: Any) -> None:
