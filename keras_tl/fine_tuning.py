@@ -71,9 +71,13 @@ def fine_tune(
     Where features cannot be recorded, the head trains through the backbone, and a message says why:
     random layers come before the backbone's outputs; an epoch may read other data than the one
     before (augmented data, a generator, or `steps_per_epoch` that is not one pass over the data);
-    the model is subclassed; or it does more with a batch than call its layers and, as a KerasHub
-    task does, prepare it in `preprocess_samples`. A model whose backbone is trainable already, such
-    as one saved while it was fine-tuned, continues fine-tuning.
+    the model is subclassed; none of several processes holds all of the frozen weights, or they run
+    on torch; or the model does more with a batch than call its layers and, as a KerasHub task does,
+    prepare it in `preprocess_samples`. A model whose backbone is trainable already, such as one
+    saved while it was fine-tuned, continues fine-tuning.
+
+    Several processes under `keras.distribution`, on JAX, record and train together; `FeatureCache`
+    says how. They decide alike where to record: by the one with the least room.
 
     Args:
         model: A compiled model with a frozen backbone.

@@ -19,7 +19,7 @@ from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.features.disk_store import DiskStore
 from keras_tl.features.identity import identity_of
 from keras_tl.features.parts import Parts
-from keras_tl.features.preparation import check_prepares_alike, prepared
+from keras_tl.features.preparation import Data, check_prepares_alike, prepared
 from keras_tl.features.reading import dataset_of, positions_of_batches, sizes_of_batches
 from keras_tl.features.record_reader import RecordReader
 from keras_tl.features.records import Field, Records
@@ -64,6 +64,12 @@ class FeatureCache:
     the process, and an interrupted extraction continues after the last whole shard. Features from a
     different backbone or, under the same name, of other data raise an error that says what has
     changed. Damaged or misplaced shards are found by their checksums and recorded again.
+
+    Under `keras.distribution`, on JAX, each batch is spread over the devices. Of several processes
+    each extracts its part of the batches, and then all read all of them, from memory or from a
+    `cache_dir` that they share: Keras gives each its share of the features as of the data. With
+    `auto_shard_dataset=False`, each records the data of its own, in a folder of its own. All must
+    call the cache alike; the devices must be able to share each batch equally.
 
     Args:
         model: A Functional or built Sequential model with a frozen backbone, compiled or not.
@@ -192,35 +198,36 @@ class FeatureCache:
         self._split.check_constant()
         check_held(self._split)
         # Of several processes, one shows how far it is.
-        verbose = verbose if is_chief() else 0
-        settings = ExtractionSettings(dtype, views, training, verbose)
+        settings = ExtractionSettings(dtype, views, training, verbose if is_chief() else 0)
         alone = functools.partial(alone_in_process, self._split.model)
         with contextlib.ExitStack() as stack:
-
-            def opened() -> tuple[Source, dict[str, Any], str | None, Samples | None]:
-                source = self._source(x, y, sample_weight, settings, batch_size, steps)
-                stack.callback(source.close)
-                identity = identity_of(self._split, source, settings)
-                if name is not None or self._folder is None:
-                    return source, identity, name, None
-                return (
-                    source,
-                    identity,
-                    *self._folder_for(x, identity, source, shard, check_data, verbose),
+            data = (x, y, sample_weight)
+            source = alone(lambda: self._source(data, settings, batch_size, steps))
+            stack.callback(source.close)
+            identity = alone(lambda: identity_of(self._split, source, settings))
+            read = None
+            if name is None and self._folder is not None:
+                folder, read = alone(
+                    lambda: self._folder_for(x, identity, source, shard, check_data, verbose)
                 )
-
-            source, identity, folder, read = alone(opened)
-            store = self._store(identity, same_in_all(folder))
-            parts = Parts(self._split, source, store, settings, read=read)
+                name = same_in_all(folder)
+            store = self._store(identity, name)
             recorded = shards_of_all(
-                parts, store, alone, shard=shard, refresh=refresh, check_data=check_data
+                Parts(self._split, source, store, settings, read=read),
+                store,
+                alone,
+                shard=shard,
+                refresh=refresh,
+                check_data=check_data,
             )
             alone(lambda: self._check_agrees(source))
-        records = store.records or _records_of_nothing(self._split, source)
         by_pass = [
             [shard for part in recorded for shard in part[view]] for view in range(settings.passes)
         ]
-        reader = RecordReader(records, [shard for shards in by_pass for shard in shards])
+        reader = RecordReader(
+            store.records or _records_of_nothing(self._split, source),
+            [shard for shards in by_pass for shard in shards],
+        )
         self._readers.append(weakref.ref(reader))
         batches = positions_of_batches([part[0] for part in recorded])
         sizes = sizes_of_batches(batches, batch_size=batch_size, shuffle=shuffle)
@@ -238,14 +245,11 @@ class FeatureCache:
 
     def _source(
         self,
-        x: Any,
-        y: Any,
-        sample_weight: Any,
+        data: Data,
         settings: ExtractionSettings,
         batch_size: int | None,
         steps: int | None,
     ) -> Source:
-        data = (x, y, sample_weight)
         how: dict[str, Any] = {"batch_size": batch_size, "training": settings.training}
         if not settings.random:
             check_prepares_alike(self._split.model, data, **how)

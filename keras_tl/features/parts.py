@@ -5,12 +5,15 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 
+import keras
+
 from keras_tl.errors import UncacheableError
 from keras_tl.features.extraction import Extraction
 from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import Shard, ShardName, Store
+from keras_tl.internals.layers import seed_states
 
 # How many missing parts a message names: a file may claim that there are millions.
 _PARTS_SHOWN = 8
@@ -117,6 +120,8 @@ class Parts:
         """
         if check_data:
             self._check_same_backbone()
+        if self._settings.random:
+            _draw_other_numbers(self._split.layers, part)
         watched: list[Samples] = []
         return self._extract(part, parts, watched), watched
 
@@ -205,6 +210,13 @@ class Parts:
             return
         self._store.delete_part(index, count)
         raise _changing_error(changed, "in another order or " if count > 1 else "")
+
+
+def _draw_other_numbers(layers: Sequence[keras.Layer], part: int) -> None:
+    """Has random layers draw other numbers for each part, of which each process extracts one."""
+    seeds = {id(seed): seed for layer in layers for seed in seed_states(layer)}
+    for seed in seeds.values():
+        seed.assign(keras.ops.add(seed, keras.ops.cast(part, seed.dtype)))
 
 
 def _changing_error(changed: str, order: str) -> UncacheableError:

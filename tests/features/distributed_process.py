@@ -15,7 +15,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from keras_tl import FeatureCache, FreezeGuard, UnfreezeAtConvergence, fine_tune
+from keras_tl import FeatureCache, FreezeGuard, FrozenBackbone, UnfreezeAtConvergence, fine_tune
 from keras_tl.features import stage_records
 from keras_tl.internals.processes import of_all
 from keras_tl.internals.values import on_host
@@ -171,6 +171,15 @@ class Jobs:
             "features": features_of(in_order),
             "one batch": np.sort(np.concatenate(features_of(one_batch)), axis=0).tolist(),
         }
+
+    def views(self):
+        """Random features of two batches that are the same."""
+        noise = keras.layers.GaussianNoise(1.0)
+        backbone = FrozenBackbone(models.functional(["dense"]))
+        model = models.sequential_of(noise, backbone, keras.layers.Dense(1))
+        model.compile("sgd", "mse")
+        data = batches(np.ones((2 * BATCH, models.FEATURES), "float32"), np.ones((2 * BATCH, 1)))
+        return features_of(FeatureCache(model)(data, views=1, shuffle=False, verbose=0))
 
     def alone(self):
         """The features as the backbone itself returns them."""

@@ -84,7 +84,7 @@ def test_a_batch_that_devices_cannot_share_is_an_error_before_training(two_devic
 
 PAIR = [
     *("fit", "in_memory", "on_disk", "head", "alone", "resumed", "own_data", "little_room"),
-    *("random_for_one", "errors"),
+    *("random_for_one", "views", "errors"),
 ]
 
 
@@ -139,6 +139,13 @@ def test_all_processes_have_the_features_of_all_data(pair):
         np.testing.assert_allclose(result["head"]["features"], expected, rtol=0, atol=ROUNDING)
         assert result["head"] == pair[0]["head"]
         assert len(result["head"]["one batch"]) == BATCH  # Fewer batches than processes.
+
+
+@slow
+def test_processes_draw_other_random_numbers(pair):
+    first, second = pair[0]["views"]
+    assert np.abs(np.subtract(first, second)).min() > 0
+    assert pair[0]["views"] == pair[1]["views"]
 
 
 @slow
