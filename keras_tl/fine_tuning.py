@@ -272,7 +272,8 @@ def _check_divisible(x: Any, y: Any, sample_weight: Any, validation_data: Any) -
     """
     batch_count(x, y, sample_weight, None)
     if validation_data is not None:
-        batch_count(*keras.utils.unpack_x_y_sample_weight(validation_data), None)
+        held_out = keras.utils.unpack_x_y_sample_weight(validation_data)
+        batch_count(held_out[0], held_out[1], held_out[2], None)
 
 
 def _in_order(

@@ -234,21 +234,21 @@ class StageRecords:
             read: Bool. Whether data is read to count it, where nothing else tells: else it is None.
         """
         if self._samples is None:
-            found = _of_whole_data(lambda: self._counted(read=read))
-            if None not in found:
-                total = sum(one for one in found if one is not None)
-                # Of processes with data of their own, the one with the most.
-                self._samples = int(np.max(of_all(total)))
+            # Of processes with data of their own, the one with the most; none, if one cannot tell.
+            counts = of_all(_of_whole_data(lambda: self._counted(read=read)))
+            if np.min(counts) >= 0:
+                self._samples = int(np.max(counts))
         return self._samples
 
-    def _counted(self, *, read: bool) -> list[int | None]:
+    def _counted(self, *, read: bool) -> int:
+        """Returns what `_count` does in this process, -1 for None."""
         settings = self._settings
         count = functools.partial(_count, batch_size=settings.batch_size, read=read)
         found = [count(self._prepared(self._data, training=True), steps=settings.steps)]
         if self._validation_data is not None:
             data = self._prepared(_in_tuple(self._validation_data), training=False)
             found.append(count(data, steps=settings.validation_steps))
-        return found
+        return -1 if None in found else sum(one for one in found if one is not None)
 
     def _prepared(self, data: Any, *, training: bool) -> Data:
         size = self._settings.batch_size

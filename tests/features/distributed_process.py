@@ -20,7 +20,7 @@ from keras_tl.features import stage_records
 from keras_tl.internals.processes import of_all
 from keras_tl.internals.values import on_host
 from tests import models
-from tests.distributed_run import build, join
+from tests.distributed_run import build, distribution, join
 
 SAMPLES, BATCH, EPOCHS = 24, 8, 5
 
@@ -39,7 +39,9 @@ def samples(seed=0, count=SAMPLES):
 
 
 def batches(*arrays, size=BATCH):
-    return tf.data.Dataset.from_tensor_slices(arrays or samples()).batch(size)
+    arrays = arrays or samples()
+    whole = len(arrays[0]) % size == 0
+    return tf.data.Dataset.from_tensor_slices(arrays).batch(size, drop_remainder=whole)
 
 
 def own_batches():
@@ -210,21 +212,30 @@ class Jobs:
         result = tuned(own_batches(), record=True, cache_dir=folder)
         return {**result, "folders": sorted(path.name for path in folder.iterdir())}
 
+    def spread_weights(self):
+        """Of each Dense layer, each device has a half."""
+        keras.distribution.set_distribution(distribution((1, 2)))
+        return tuned(batches(), record=True)
+
     def little_room(self):
         """One process has room for features, and the other has none."""
         room = 10**9 * (1 - jax.process_index())
         with replaced(stage_records, "room_in_memory", lambda: room):
-            return tuned(batches())
+            return tuned(batches(), record=True)
 
     def random_for_one(self):
         """Each process has data of its own, which in one is random."""
         keras.distribution.set_distribution(
             keras.distribution.DataParallel(auto_shard_dataset=False)
         )
-        data = own_batches()
-        if jax.process_index() == 1:
-            data = data.map(lambda x, y: (x + 1e-3 * tf.random.normal(tf.shape(x)), y))
-        return tuned(data, record=True)
+        draw = np.random.default_rng(0)  # Which goes on from epoch to epoch.
+
+        def noisy(x, y):
+            noise = tf.numpy_function(lambda: draw.normal(scale=1e-3), [], tf.float64)
+            return x + tf.cast(noise, x.dtype), y
+
+        own = own_batches()
+        return tuned(own.map(noisy) if jax.process_index() == 1 else own, record=True)
 
     def errors(self):
         x, y = samples()

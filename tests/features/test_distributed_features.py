@@ -76,6 +76,14 @@ def test_stages_train_on_features_as_fit_does_on_two_devices(two_devices):
     assert_same_training(result, two_devices["fit"])
 
 
+@pytest.mark.slow
+@pytest.mark.covers("distribution: ModelParallel")
+def test_stages_train_on_features_of_weights_that_are_spread_over_devices(two_devices, tmp_path):
+    result = run(tmp_path, ["spread_weights"], devices=2)[0]["spread_weights"]
+    assert result["recorded"] == [[0, True], [1, True]]
+    assert_same_training(result, two_devices["fit"])
+
+
 @pytest.mark.covers("distribution: DataParallel")
 def test_a_batch_that_devices_cannot_share_is_an_error_before_training(two_devices):
     assert two_devices["uneven"].startswith("ValueError: `keras.distribution` divides each batch")
@@ -84,7 +92,7 @@ def test_a_batch_that_devices_cannot_share_is_an_error_before_training(two_devic
 
 PAIR = [
     *("fit", "in_memory", "on_disk", "head", "alone", "resumed", "own_data", "little_room"),
-    *("random_for_one", "views", "errors"),
+    *("spread_weights", "random_for_one", "views", "errors"),
 ]
 
 
@@ -158,7 +166,7 @@ def test_a_process_with_its_own_data_has_its_own_folder(pair):
 @slow
 def test_all_decide_by_the_process_with_the_least_room(pair):
     for result in pair:
-        assert result["little_room"]["recorded"][0] == [0, False]
+        assert result["little_room"]["recorded"] == [[0, False], [1, False]]
     assert pair[0]["little_room"]["weights"] == pair[1]["little_room"]["weights"]
 
 
@@ -167,6 +175,13 @@ def test_all_train_through_the_model_if_the_data_of_one_is_random(pair):
     for result in pair:
         assert result["random_for_one"]["recorded"] == [[0, False]]
     assert pair[0]["random_for_one"]["weights"] == pair[1]["random_for_one"]["weights"]
+
+
+@slow
+def test_all_train_through_a_model_of_which_none_has_all_weights(pair, two_devices):
+    for result in pair:
+        assert result["spread_weights"]["recorded"] == [[0, False]]
+        assert_same_training(result["spread_weights"], two_devices["fit"])
 
 
 @slow
