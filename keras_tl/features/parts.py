@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import keras
 
@@ -124,6 +126,14 @@ class Parts:
             _draw_other_numbers(self._split.layers, part)
         watched: list[Samples] = []
         return self._extract(part, parts, watched), watched
+
+    def alike_in_all(self, watched: Sequence[Samples]) -> list[Any]:
+        """Returns what processes that read the same data find alike, as JSON can hold it."""
+        if not self._settings.random:
+            return [dataclasses.asdict(one) for one in watched]
+        # What is random as it is read may be other in each.
+        has_targets = bool(self._source.describe()["targets"])
+        return [[one.batches, one.targets if has_targets else 0] for one in watched]
 
     def check_repeats(self, part: int, parts: int, watched: Samples) -> None:
         """Raises an UncacheableError if all of the data is not the same when it is read again."""

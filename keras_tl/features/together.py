@@ -38,10 +38,12 @@ from keras_tl.internals.processes import (
     process_count,
     process_index,
     replica_count,
+    whole_data,
 )
 from keras_tl.messages import some
 
 _HEADER = struct.Struct("<I")
+_RAISED_IN_ALL = (StaleCacheError, UncacheableError, ValueError, OSError)
 
 # For each part, for each pass, its shards.
 _Parts = list[list[list[Shard]]]
@@ -63,7 +65,17 @@ def alone_in_process(model: keras.Model, function: Callable[[], Any]) -> Any:
         with apart(model):
             return function()
 
-    return agreed(run, StaleCacheError, UncacheableError, ValueError, OSError)
+    return agreed(run, *_RAISED_IN_ALL)
+
+
+def _in_each(function: Callable[[], Any]) -> Any:
+    """Returns what `alone_in_process` does of a function that calls no model, and copies none."""
+
+    def run() -> Any:
+        with whole_data():
+            return function()
+
+    return agreed(run, *_RAISED_IN_ALL)
 
 
 def check_held(split: SplitModel) -> None:
@@ -158,11 +170,11 @@ def shards_of_all(
     """
     divided = divides_data()
     if refresh:
-        alone(lambda: store.delete() if is_chief() or not divided else None)
-    alone(store.open)
+        _in_each(lambda: store.delete() if is_chief() or not divided else None)
+    _in_each(store.open)
     if not divided:
         return alone(lambda: parts.get(shard, check_data=check_data))
-    complete = int(of_chief(alone(parts.complete)))
+    complete = int(of_chief(_in_each(parts.complete)))
     if complete:
         return alone(
             lambda: parts.unchanged(complete) if check_data else parts.joined(complete),
@@ -174,8 +186,9 @@ def _recorded_by_all(parts: Parts, store: Store, alone: _Alone, *, check_data: b
     index, count = process_index(), process_count()
     store.shared = True
     passes, watched = alone(lambda: parts.extracted(index, count, check_data=check_data))
-    if not _read_alike(watched):
-        alone(lambda: store.delete_part(index, count))
+    read = _of_all_json(parts.alike_in_all(watched))
+    if any(one != read[0] for one in read):
+        _in_each(lambda: store.delete_part(index, count))
         raise ValueError(
             "Processes that train together read one data set, of which Keras gives each its share, "
             "and these read other samples or in another order. Make the data the same in all, such "
@@ -183,17 +196,12 @@ def _recorded_by_all(parts: Parts, store: Store, alone: _Alone, *, check_data: b
             "if each process has data of its own."
         )
     if check_data:
-        alone(lambda: parts.check_repeats(index, count, watched[0]))
+        _in_each(lambda: parts.check_repeats(index, count, watched[0]))
     if store.keeps:
-        alone(lambda: store.tidy() if is_chief() else None)
-        alone(store.open)
-        return alone(lambda: parts.joined(count))
+        _in_each(lambda: store.tidy() if is_chief() else None)
+        _in_each(store.open)
+        return _in_each(lambda: parts.joined(count))
     return _exchanged(store, passes)
-
-
-def _read_alike(watched: Sequence[Samples]) -> bool:
-    content = json.dumps([dataclasses.asdict(one) for one in watched]).encode()
-    return len(set(gathered(content))) == 1
 
 
 def _exchanged(store: Store, passes: Sequence[Sequence[Shard]]) -> _Parts:
@@ -202,8 +210,7 @@ def _exchanged(store: Store, passes: Sequence[Sequence[Shard]]) -> _Parts:
     found: _Parts = [[[] for _ in passes] for _ in range(process_count())]
     if records is None:
         return found
-    lengths = [[len(shards) for shards in passes]]
-    longest = [max(column) for column in zip(*_of_all_json(lengths[0]))]
+    longest = [max(one) for one in zip(*_of_all_json([len(shards) for shards in passes]))]
     for view, shards in enumerate(passes):
         for number in range(longest[view]):
             own = _packed(shards[number]) if number < len(shards) else b""
