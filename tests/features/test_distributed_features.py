@@ -45,7 +45,7 @@ def run(folder, jobs, *, processes=1, devices=1):
                     [*command, str(process)], stdout=file, stderr=file, env=environment
                 )
             started.append(one)
-        codes = [one.wait(500) for one in started]
+        codes = [one.wait(900) for one in started]
     finally:
         for one in started:
             one.kill()
