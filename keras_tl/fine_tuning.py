@@ -15,7 +15,8 @@ from keras_tl.backbone.selecting import choose_layers, is_built
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
 from keras_tl.features.same_epochs import never_ends
 from keras_tl.features.stage_records import RecordSettings, StageRecords
-from keras_tl.internals.batches import samples_in_batch, split_off_validation
+from keras_tl.internals.batches import batch_count, samples_in_batch, split_off_validation
+from keras_tl.internals.processes import divides_data
 from keras_tl.messages import say
 from keras_tl.stages.joint_fits import JointFits
 
@@ -70,9 +71,13 @@ def fine_tune(
     Where features cannot be recorded, the head trains through the backbone, and a message says why:
     random layers come before the backbone's outputs; an epoch may read other data than the one
     before (augmented data, a generator, or `steps_per_epoch` that is not one pass over the data);
-    the model is subclassed; or it does more with a batch than call its layers and, as a KerasHub
-    task does, prepare it in `preprocess_samples`. A model whose backbone is trainable already, such
-    as one saved while it was fine-tuned, continues fine-tuning.
+    the model is subclassed; none of several processes holds all of the frozen weights, or they run
+    on torch; or the model does more with a batch than call its layers and, as a KerasHub task does,
+    prepare it in `preprocess_samples`. A model whose backbone is trainable already, such as one
+    saved while it was fine-tuned, continues fine-tuning.
+
+    Several processes under `keras.distribution`, on JAX, record and train together; `FeatureCache`
+    says how. They decide alike where to record: by the one with the least room.
 
     Args:
         model: A compiled model with a frozen backbone.
@@ -161,6 +166,8 @@ def fine_tune(
     )
     if record not in ("auto", True, False):
         raise ValueError(f'`record` must be "auto", True or False. Received: record={record!r}.')
+    if divides_data():
+        _check_divisible(x, y, sample_weight, validation_data)
     # A callback may change the working directory.
     cache_dir = None if cache_dir is None else os.path.abspath(cache_dir)
     if validation_split and validation_data is None:
@@ -262,6 +269,17 @@ def _check_arguments(model: keras.Model, x: Any, *, epochs: int, **counts: int |
             f"{what} needs `steps_per_epoch`: it is read in several epochs, and must not end. "
             "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset` that has a length."
         )
+
+
+def _check_divisible(x: Any, y: Any, sample_weight: Any, validation_data: Any) -> None:
+    """Raises Keras' ValueError for data of which it cannot give each process its share.
+
+    The stages that train on features would not need it, and the later ones fail.
+    """
+    batch_count(x, y, sample_weight, None)
+    if validation_data is not None:
+        held_out = keras.utils.unpack_x_y_sample_weight(validation_data)
+        batch_count(held_out[0], held_out[1], held_out[2], None)
 
 
 def _in_order(

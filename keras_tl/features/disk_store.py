@@ -53,15 +53,22 @@ class DiskStore(Store):
         folder: Path of the folder.
         identity: All that the records depend on but the samples, as JSON can hold it.
 
+    Attributes:
+        shared: Bool. Whether other processes write parts of the same recording now. What they have
+            not finished stays then, until `tidy` is called.
+
     Raises:
         StaleCacheError: If the folder has features that were recorded with something else.
     """
+
+    keeps = True
 
     def __init__(self, folder: str | os.PathLike[str], identity: dict[str, Any]):
         self.folder = pathlib.Path(folder)
         self._identity = identity
         self._digest = digest_of(identity)
         self.place = repr(str(self.folder))
+        self.shared = False
         # Whether a shard has the layout that the manifest says.
         self._confirmed = False
         # By their names: digests of the shards that the notes of finished parts list.
@@ -164,7 +171,13 @@ class DiskStore(Store):
         name = _DONE.format(part=part, parts=parts)
         put(self.folder, name, [sealed(content)])
         # What processes left that were killed while they wrote.
-        remove(self.folder, f".{pathlib.Path(name).stem}.*.tmp", f".{_MANIFEST}.*.tmp")
+        remove(self.folder, f".{pathlib.Path(name).stem}.*.tmp")
+        if not self.shared:
+            self.tidy()
+
+    def tidy(self) -> None:
+        """Removes what processes left that were killed while they wrote the manifest."""
+        remove(self.folder, f".{_MANIFEST}.*.tmp")
 
     def finished(self, part: int, parts: int) -> list[int] | None:
         """Returns how many shards each pass has, or None if the part is not finished.

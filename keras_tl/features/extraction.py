@@ -39,6 +39,8 @@ class Extraction:
         settings: The `ExtractionSettings`.
         part: Int. Which part.
         parts: Int. Of how many.
+        watched: List that gets the `Samples` of each pass over all parts; None where only this part
+            is read.
     """
 
     def __init__(
@@ -50,10 +52,12 @@ class Extraction:
         *,
         part: int,
         parts: int,
+        watched: list[Samples] | None = None,
     ):
         self._split, self._source, self._store = split, source, store
         self._settings = settings
         self._part, self._parts = part, parts
+        self._watched = watched
         self._extractor = split.extractor(settings.training)
         self._check = None if settings.random else _Constant(split.layers)
 
@@ -81,7 +85,7 @@ class Extraction:
 
     def _pass(self, view: int, progress: _Progress) -> list[Shard]:
         shards: list[futures.Future[Shard]] = []
-        batches = iter(self._source.part(self._part, self._parts))
+        batches = self._batches()
         with futures.ThreadPoolExecutor(1, "keras_tl_features") as writer:
             while (batch := next(batches, None)) is not None:
                 group = itertools.chain([batch], batches)
@@ -103,6 +107,11 @@ class Extraction:
         if self._store.has(left_over):
             raise self._store.stale("the number of samples (now fewer)")
         return [shard.result() for shard in shards]
+
+    def _batches(self) -> Iterator[Any]:
+        if self._watched is not None:
+            return self._source.watched(self._part, self._parts, self._watched)
+        return iter(self._source.part(self._part, self._parts))
 
     def _skip(self, group: Iterator[Any], recorded: Samples, progress: _Progress) -> None:
         """Reads the batches of a shard that is there, and checks that it was made of them."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
@@ -18,15 +19,25 @@ from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.features.disk_store import DiskStore
 from keras_tl.features.identity import identity_of
 from keras_tl.features.parts import Parts
-from keras_tl.features.preparation import check_prepares_alike, prepared
-from keras_tl.features.reading import dataset_of, positions_of_batches
+from keras_tl.features.preparation import Data, check_prepares_alike, prepared
+from keras_tl.features.reading import dataset_of, positions_of_batches, sizes_of_batches
 from keras_tl.features.record_reader import RecordReader
 from keras_tl.features.records import Field, Records
 from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import MemoryStore, Store
+from keras_tl.features.together import (
+    alone_in_process,
+    check_held,
+    check_shared_equally,
+    own_folder,
+    same_in_all,
+    seed_for_all,
+    shards_of_all,
+)
 from keras_tl.features.unnamed import folder_for
+from keras_tl.internals.processes import divides_data, is_chief, process_count
 
 _DTYPES = (None, "float32", "float16", "bfloat16")
 _ON_WINDOWS = os.name == "nt"
@@ -54,6 +65,12 @@ class FeatureCache:
     the process, and an interrupted extraction continues after the last whole shard. Features from a
     different backbone or, under the same name, of other data raise an error that says what has
     changed. Damaged or misplaced shards are found by their checksums and recorded again.
+
+    Under `keras.distribution`, on JAX, each batch is spread over the devices. Of several processes
+    each extracts its part of the batches, and then all read all of them, from memory or from a
+    `cache_dir` that they share: Keras gives each its share of the features as of the data. With
+    `auto_shard_dataset=False`, each records the data of its own, in a folder of its own. All must
+    call the cache alike; the devices must be able to share each batch equally.
 
     Args:
         model: A Functional or built Sequential model with a frozen backbone, compiled or not.
@@ -99,7 +116,7 @@ class FeatureCache:
         # Split already where `fine_tune` has chosen the place.
         self._split = model if isinstance(model, SplitModel) else SplitModel(model, backbone)
         # Absolute, so that a later change of the working directory does not move it.
-        self._folder = None if cache_dir is None else pathlib.Path(cache_dir).absolute()
+        self._folder = None if cache_dir is None else own_folder(pathlib.Path(cache_dir).absolute())
         self._known = _Known()
         self._readers: list[weakref.ref[RecordReader]] = []
         self.head = self._split.head
@@ -180,46 +197,81 @@ class FeatureCache:
             if value is not None:
                 check_count(argument, value, at_least=1)
         self._split.check_constant()
-        settings = ExtractionSettings(dtype, views, training, verbose)
-        data = (x, y, sample_weight)
-        how: dict[str, Any] = {"batch_size": batch_size, "training": training}
+        check_held(self._split)
+        # Of several processes, one shows how far it is.
+        settings = ExtractionSettings(dtype, views, training, verbose if is_chief() else 0)
+        alone = functools.partial(alone_in_process, self._split.model)
+        with contextlib.ExitStack() as stack:
+            data = (x, y, sample_weight)
+            source = alone(lambda: self._source(data, settings, batch_size, steps))
+            stack.callback(source.close)
+            identity = alone(lambda: identity_of(self._split, source, settings))
+            read = None
+            if name is None and self._folder is not None:
+                folder, read = alone(
+                    lambda: self._folder_for(x, identity, source, shard, check_data, verbose)
+                )
+                name = same_in_all(folder)
+            store = self._store(identity, name)
+            recorded = shards_of_all(
+                Parts(self._split, source, store, settings, read=read),
+                store,
+                alone,
+                shard=shard,
+                refresh=refresh,
+                check_data=check_data,
+            )
+            alone(lambda: self._check_agrees(source))
+        by_pass = [
+            [shard for part in recorded for shard in part[view]] for view in range(settings.passes)
+        ]
+        reader = RecordReader(
+            store.records or _records_of_nothing(self._split, source),
+            [shard for shards in by_pass for shard in shards],
+        )
+        self._readers.append(weakref.ref(reader))
+        batches = positions_of_batches([part[0] for part in recorded])
+        sizes = sizes_of_batches(batches, batch_size=batch_size, shuffle=shuffle)
+        check_shared_equally(sizes)
+        return dataset_of(
+            reader,
+            lambda flat: self._packed(flat, source.spec),
+            batches=batches,
+            sizes=sizes,
+            known_size=divides_data() and len(set(sizes)) == 1,
+            views=settings.passes,
+            shuffle=shuffle,
+            seed=seed_for_all(seed),
+        )
+
+    def _source(
+        self,
+        data: Data,
+        settings: ExtractionSettings,
+        batch_size: int | None,
+        steps: int | None,
+    ) -> Source:
+        how: dict[str, Any] = {"batch_size": batch_size, "training": settings.training}
         if not settings.random:
             check_prepares_alike(self._split.model, data, **how)
         source = Source(
             *prepared(self._split.model, *data, **how), batch_size=batch_size, steps=steps
         )
-        with contextlib.closing(source):
-            if settings.passes > 1 and not source.repeatable:
-                raise ValueError(
-                    f"`views={views}` needs data that can be read more than once. Received a "
-                    "generator."
-                )
-            identity = identity_of(self._split, source, settings)
-            samples = None
-            if name is None and self._folder is not None:
-                name, samples = self._folder_for(x, identity, source, shard, check_data, verbose)
-            store = self._store(identity, name, refresh)
-            parts = Parts(self._split, source, store, settings, read=samples).get(
-                shard, check_data=check_data
+        if settings.passes > 1 and not source.repeatable:
+            source.close()
+            raise ValueError(
+                f"`views={settings.views}` needs data that can be read more than once. Received a "
+                "generator."
             )
-            if source.first is not None and not source.agrees:
-                # What was recorded before may be of a model that prepares no data.
-                self._split.check_agrees(source.first, None, arrays=source.fixed)
-        records = store.records or _records_of_nothing(self._split, source)
-        by_pass = [
-            [shard for part in parts for shard in part[view]] for view in range(settings.passes)
-        ]
-        reader = RecordReader(records, [shard for shards in by_pass for shard in shards])
-        self._readers.append(weakref.ref(reader))
-        return dataset_of(
-            reader,
-            lambda flat: self._packed(flat, source.spec),
-            batches=positions_of_batches([part[0] for part in parts]),
-            views=settings.passes,
-            batch_size=batch_size,
-            shuffle=shuffle,
-            seed=seed,
-        )
+        return source
+
+    def _check_agrees(self, source: Source) -> None:
+        """Raises an UncacheableError if the model does more with its data than call its layers.
+
+        What was recorded before may be of a model that did not.
+        """
+        if source.first is not None and not source.agrees:
+            self._split.check_agrees(source.first, None, arrays=source.fixed)
 
     def _check(self, dtype: Any, views: Any, shard: Any, name: Any) -> None:
         if dtype not in _DTYPES:
@@ -238,6 +290,11 @@ class FeatureCache:
             )
         if shard is None:
             return
+        if process_count() > 1:
+            raise ValueError(
+                "Processes that train together under `keras.distribution` divide the data among "
+                f"themselves. Leave `shard` out. Received: shard={shard!r}."
+            )
         valid = isinstance(shard, Sequence) and len(shard) == 2
         if not valid or not all(isinstance(one, int) for one in shard):
             raise ValueError(f"`shard` must be a tuple `(index, count)`. Received: {shard!r}.")
@@ -272,14 +329,10 @@ class FeatureCache:
         self._known.add(x, identity["training"], name)
         return name, samples
 
-    def _store(self, identity: dict[str, Any], name: str | None, refresh: bool) -> Store:
+    def _store(self, identity: dict[str, Any], name: str | None) -> Store:
         if self._folder is None or name is None:
             return MemoryStore()
-        store = DiskStore(self._folder / name, identity)
-        if refresh:
-            store.delete()
-        store.open()
-        return store
+        return DiskStore(self._folder / name, identity)
 
     def _packed(self, flat: Sequence[Any], spec: Any) -> Any:
         names = self._split.names

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
+from typing import Any
+
+import keras
 
 from keras_tl.errors import UncacheableError
 from keras_tl.features.extraction import Extraction
@@ -11,6 +15,7 @@ from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Samples, Source
 from keras_tl.features.splitting import SplitModel
 from keras_tl.features.store import Shard, ShardName, Store
+from keras_tl.internals.layers import seed_states
 
 # How many missing parts a message names: a file may claim that there are millions.
 _PARTS_SHOWN = 8
@@ -69,6 +74,79 @@ class Parts:
             self._check_repeats(parts, now)
         return parts
 
+    def complete(self) -> int:
+        """Returns in how many parts all of the data is there, and whole; 0 if it is not."""
+        counts = [n for n, parts in self._store.finished_parts().items() if len(parts) == n]
+        return next((n for n in sorted(counts) if None not in self._all(n)), 0)
+
+    def joined(self, count: int) -> list[list[list[Shard]]]:
+        """Returns for each part, for each pass, its shards, all recorded before.
+
+        Raises:
+            ValueError: If a part is missing.
+        """
+        there = self._all(count)
+        missing = [part for part, passes in enumerate(there) if passes is None]
+        if missing:
+            raise ValueError(
+                f"Processes have just recorded features in {self._store.place}, but this one does "
+                f"not find {'that' if len(missing) == 1 else 'those'} of process "
+                f"{', '.join(map(str, missing))} there. `cache_dir` must be one folder on a disk "
+                "that all processes share; or leave it out, to keep features in memory."
+            )
+        return [passes for passes in there if passes is not None]
+
+    def unchanged(self, count: int) -> list[list[list[Shard]]]:
+        """Returns what `joined` does, after comparing it with the data.
+
+        Raises:
+            StaleCacheError: If it was recorded of other data, or another backbone.
+        """
+        self._check_same_backbone()
+        parts = self.joined(count)
+        self._check_unchanged(parts, (0, 1))
+        return parts
+
+    def extracted(
+        self, part: int, parts: int, *, check_data: bool
+    ) -> tuple[list[list[Shard]], list[Samples]]:
+        """Extracts a part while all of the data is read.
+
+        Args:
+            part: Int. Which part.
+            parts: Int. Of how many.
+            check_data: Bool. Whether the backbone is compared with that of what is there.
+
+        Returns:
+            For each pass its shards, and what tells apart all samples of each pass.
+        """
+        if check_data:
+            self._check_same_backbone()
+        if self._settings.random:
+            _draw_other_numbers(self._split.layers, part)
+        watched: list[Samples] = []
+        return self._extract(part, parts, watched), watched
+
+    def alike_in_all(self, watched: Sequence[Samples]) -> list[Any]:
+        """Returns what processes that read the same data find alike, as JSON can hold it."""
+        if not self._settings.random:
+            return [dataclasses.asdict(one) for one in watched]
+        # What is random as it is read may be other in each.
+        has_targets = bool(self._source.describe()["targets"])
+        return [[one.batches, one.targets if has_targets else 0] for one in watched]
+
+    def check_repeats(self, part: int, parts: int, watched: Samples) -> None:
+        """Raises an UncacheableError if all of the data is not the same when it is read again."""
+        if self._source.fixed or self._settings.random or not self._source.repeatable:
+            return
+        changed = watched.difference(self._source.samples(0, 1))
+        if changed is not None:
+            self._store.delete_part(part, parts)
+            raise _changing_error(changed, "")
+
+    def _all(self, count: int) -> list[list[list[Shard]] | None]:
+        return [self._recorded(part, count) for part in range(count)]
+
     def _count_to_join(self) -> int:
         finished = self._store.finished_parts()
         if not finished or 1 in finished:
@@ -100,10 +178,18 @@ class Parts:
             passes.append([shard for shard in found if shard is not None])
         return passes
 
-    def _extract(self, part: int, parts: int) -> list[list[Shard]]:
+    def _extract(
+        self, part: int, parts: int, watched: list[Samples] | None = None
+    ) -> list[list[Shard]]:
         self._store.reopen_part(part, parts)
         return Extraction(
-            self._split, self._source, self._store, self._settings, part=part, parts=parts
+            self._split,
+            self._source,
+            self._store,
+            self._settings,
+            part=part,
+            parts=parts,
+            watched=watched,
         ).run()
 
     def _check_unchanged(self, parts: list[list[list[Shard]]], now: tuple[int, int]) -> None:
@@ -133,13 +219,23 @@ class Parts:
         if changed is None:
             return
         self._store.delete_part(index, count)
-        order = "in another order or " if count > 1 else ""
-        raise UncacheableError(
-            f"The data is read {order}with other values each time, as after random augmentation: "
-            f"{changed} differ. Recorded once, every epoch would see the same. Pass `views=k` to "
-            "record k passes, of which each epoch draws; `check_data=False` if that is meant; or "
-            "train through the backbone."
-        )
+        raise _changing_error(changed, "in another order or " if count > 1 else "")
+
+
+def _draw_other_numbers(layers: Sequence[keras.Layer], part: int) -> None:
+    """Has random layers draw other numbers for each part, of which each process extracts one."""
+    seeds = {id(seed): seed for layer in layers for seed in seed_states(layer)}
+    for seed in seeds.values():
+        seed.assign(keras.ops.add(seed, keras.ops.cast(part, seed.dtype)))
+
+
+def _changing_error(changed: str, order: str) -> UncacheableError:
+    return UncacheableError(
+        f"The data is read {order}with other values each time, as after random augmentation: "
+        f"{changed} differ. Recorded once, every epoch would see the same. Pass `views=k` to "
+        "record k passes, of which each epoch draws; `check_data=False` if that is meant; or "
+        "train through the backbone."
+    )
 
 
 def difference(passes: Sequence[Samples], now: Samples) -> str | None:

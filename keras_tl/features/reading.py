@@ -29,13 +29,26 @@ def positions_of_batches(parts: Sequence[Sequence[Shard]]) -> list[np.ndarray]:
     return [part[i] for i in range(longest) for part in batches if i < len(part)]
 
 
+def sizes_of_batches(
+    batches: Sequence[np.ndarray], *, batch_size: int | None, shuffle: bool
+) -> list[int]:
+    """Returns how many samples each batch of a data set has; see `dataset_of`."""
+    sizes = [len(batch) for batch in batches]
+    if sizes and (shuffle or batch_size is not None):
+        size = batch_size or sizes[0]
+        whole, rest = divmod(sum(sizes), size)
+        sizes = [size] * whole + ([rest] if rest else [])
+    return sizes
+
+
 def dataset_of(
     reader: RecordReader,
     pack: Callable[[Sequence[Any]], Any],
     *,
     batches: Sequence[np.ndarray],
+    sizes: Sequence[int],
+    known_size: bool,
     views: int,
-    batch_size: int | None,
     shuffle: bool,
     seed: int | None,
 ) -> tf.data.Dataset:
@@ -45,17 +58,13 @@ def dataset_of(
         reader: The `RecordReader` of the records.
         pack: Function from the tensors of a batch to an element.
         batches: The positions of each batch in the first pass, in the order of the data.
+        sizes: How many samples each batch of the data set has.
+        known_size: Bool. Whether all have the same, and its shapes say so.
         views: Int. How many passes there are. Each epoch draws one for every sample.
-        batch_size: Int or None. None: batches as they were.
         shuffle: Bool. Whether each epoch has an order of its own.
         seed: Int or None. For the orders and the passes.
     """
     in_order = np.concatenate([np.zeros(0, np.int64), *batches])
-    sizes = [len(batch) for batch in batches]
-    if sizes and (shuffle or batch_size is not None):
-        size = batch_size or sizes[0]
-        whole, rest = divmod(len(in_order), size)
-        sizes = [size] * whole + ([rest] if rest else [])
     ends = np.cumsum([0, *sizes])
     # From NumPy's global generator, as in `fit`: `keras.utils.set_random_seed` decides it.
     generator = np.random.default_rng(np.random.randint(2**31) if seed is None else seed)
@@ -74,7 +83,10 @@ def dataset_of(
 
     def batch(order: tf.Tensor, begin: tf.Tensor, end: tf.Tensor) -> Any:
         tensors = tf.numpy_function(reader.read, [order[begin:end]], dtypes)
-        return pack(reader.records.decode(tensors))
+        decoded = reader.records.decode(tensors)
+        if known_size:
+            decoded = [tf.ensure_shape(one, (sizes[0], *one.shape[1:])) for one in decoded]
+        return pack(decoded)
 
     def of_epoch(order: tf.Tensor) -> tf.data.Dataset:
         bounds = tf.data.Dataset.from_tensor_slices((ends[:-1], ends[1:]))

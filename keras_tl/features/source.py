@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import keras
@@ -76,6 +77,24 @@ class Source:
         """Returns a `tf.data.Dataset` of every `count`-th batch from the one of that index on."""
         # By batches, so that those of all parts together are the batches of one recording.
         return self._dataset if count == 1 else self._dataset.shard(count, index)
+
+    def watched(self, index: int, count: int, passes: list[Samples]) -> Iterator[Any]:
+        """Yields the batches of a part, and reads the others too, to tell the whole pass apart.
+
+        For processes that each read all of the data: whether they saw the same in the same order.
+
+        Args:
+            index: Int. Which part.
+            count: Int. Of how many.
+            passes: List that gets the `Samples` of the pass at its end.
+        """
+        whole = Samples()
+        for number, batch in enumerate(self._dataset):
+            self.first = batch if self.first is None else self.first
+            whole.add(Samples.of(batch))
+            if number % count == index:
+                yield batch
+        passes.append(whole)
 
     def samples(self, index: int, count: int, *, batches: int | None = None) -> Samples:
         """Reads a part of the data, or its first batches, and returns what tells it apart."""

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 
 from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.errors import StaleCacheError, UncacheableError
@@ -20,6 +21,7 @@ from keras_tl.features.source import Source
 from keras_tl.features.splitting import SplitModel, check_has_graph, recompile_head
 from keras_tl.features.unrolled import Unrolled
 from keras_tl.features.worth import Terms, bytes_of, judge
+from keras_tl.internals.processes import agreed, of_all, processes_here, whole_data
 from keras_tl.internals.randomness import random_state
 from keras_tl.messages import bytes_in_words
 
@@ -174,8 +176,10 @@ class StageRecords:
 
     def _check_data(self) -> None:
         """Raises an UncacheableError if no record can stand for every epoch."""
-        if self._inputs is not None:
-            return
+        if self._inputs is None:
+            self._inputs = _of_whole_data(self._inputs_of_data)
+
+    def _inputs_of_data(self) -> Any:
         settings = self._settings
         data = self._prepared(self._data, training=True)
         check_training_data(
@@ -187,7 +191,7 @@ class StageRecords:
         check_validation_data(self._validation_data, steps=settings.validation_steps)
         source = Source(*data, batch_size=settings.batch_size, steps=settings.steps)
         source.close()
-        self._inputs = source.inputs
+        return source.inputs
 
     def _fits(self, split: SplitModel, stage: int) -> bool:
         """Whether the outputs of the frozen backbone are not too many, and says so if they are."""
@@ -212,6 +216,8 @@ class StageRecords:
         if room is None:
             folder = settings.cache_dir
             room = room_in_memory() if folder is None else room_on_disk(folder)
+            # Processes on one machine fill it together, and all must decide alike.
+            room = int(np.min(of_all(room // processes_here())))
         return Terms(
             always=settings.record is True,
             epochs=epochs,
@@ -228,15 +234,21 @@ class StageRecords:
             read: Bool. Whether data is read to count it, where nothing else tells: else it is None.
         """
         if self._samples is None:
-            settings = self._settings
-            count = functools.partial(_count, batch_size=settings.batch_size, read=read)
-            found = [count(self._prepared(self._data, training=True), steps=settings.steps)]
-            if self._validation_data is not None:
-                data = self._prepared(_in_tuple(self._validation_data), training=False)
-                found.append(count(data, steps=settings.validation_steps))
-            if None not in found:
-                self._samples = sum(one for one in found if one is not None)
+            # Of processes with data of their own, the one with the most; none, if one cannot tell.
+            counts = of_all(_of_whole_data(lambda: self._counted(read=read)))
+            if np.min(counts) >= 0:
+                self._samples = int(np.max(counts))
         return self._samples
+
+    def _counted(self, *, read: bool) -> int:
+        """Returns what `_count` does in this process, -1 for None."""
+        settings = self._settings
+        count = functools.partial(_count, batch_size=settings.batch_size, read=read)
+        found = [count(self._prepared(self._data, training=True), steps=settings.steps)]
+        if self._validation_data is not None:
+            data = self._prepared(_in_tuple(self._validation_data), training=False)
+            found.append(count(data, steps=settings.validation_steps))
+        return -1 if None in found else sum(one for one in found if one is not None)
 
     def _prepared(self, data: Any, *, training: bool) -> Data:
         size = self._settings.batch_size
@@ -271,6 +283,20 @@ class StageRecords:
             name=f"validation{suffix}",
         )
         return Training(cache.head, features, validation)
+
+
+def _of_whole_data(function: Callable[[], Any]) -> Any:
+    """Returns what a function finds in the data that is given, not in a process's share of it.
+
+    Raises:
+        Exception: In all processes, if the function raises in one.
+    """
+
+    def find() -> Any:
+        with whole_data():
+            return function()
+
+    return agreed(find, UncacheableError, ValueError)
 
 
 def _recorded_anew_if_stale(cache: FeatureCache, *data: Any, **settings: Any) -> Any:

@@ -62,15 +62,28 @@ class Store:
 
     Attributes:
         place: String. Where the features are, for messages.
+        keeps: Bool. Whether other processes and later calls find what is written.
+        shared: Bool. Whether other processes write parts of the same recording now.
         records: The layout of the `Records`; None until one is known.
         batches_per_shard: Int. How many batches a shard has, once the layout is known.
         probe: A `Probe` of what was recorded before, or None.
     """
 
     place = "memory"
+    keeps = False
+    shared = False
     records: Records | None = None
     batches_per_shard = 0
     probe: Probe | None = None
+
+    def open(self) -> None:
+        """Takes the layout of the records from what is there."""
+
+    def delete(self) -> None:
+        """Removes all that was recorded."""
+
+    def tidy(self) -> None:
+        """Removes what killed processes left, once none writes any more."""
 
     def create(self, records: Records, batches_per_shard: int, probe: Probe | None) -> Records:
         """Takes the layout of the records, unless there is one, and returns it."""

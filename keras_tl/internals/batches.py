@@ -247,6 +247,8 @@ def predictions(model: keras.Model, batches: Iterable[Any]) -> Iterator[tuple[An
 
 
 def _predict(model: keras.Model, x: Any) -> Any:
+    if keras.backend.backend() == "jax":
+        x = keras.tree.map_structure(_spreading(model), x)
     strategy = model.distribute_strategy if keras.backend.backend() == "tensorflow" else None
     if strategy is None or strategy.num_replicas_in_sync == 1:
         return model.predict_on_batch(x)
@@ -265,3 +267,26 @@ def _predict(model: keras.Model, x: Any) -> Any:
     model.make_predict_function()
     outputs = model.predict_function([(pieces,)])
     return keras.tree.map_structure(np.array, outputs)
+
+
+def _spreading(model: keras.Model) -> Callable[[Any], Any]:
+    """Returns a function that spreads a batch over the devices that hold a model, as `fit` does.
+
+    `predict_on_batch` would have each device compute the whole batch. One that they cannot share
+    equally, it still has.
+    """
+    import jax
+
+    weight = next(iter(model.variables), None)
+    sharding = None if weight is None else weight.value.sharding
+    if not isinstance(sharding, jax.sharding.NamedSharding):
+        return lambda array: array
+    distribution = keras.distribution.distribution()
+    axis = sharding.mesh.axis_names[0] if distribution is None else distribution.batch_dim_name
+    parts = sharding.mesh.shape[axis]
+    rows = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(axis))
+
+    def spread(array: Any) -> Any:
+        return array if len(array) % parts else jax.device_put(array, rows)
+
+    return spread

@@ -5,9 +5,10 @@ from __future__ import annotations
 from keras_tl.internals.checked import SINCE_3_15, UnsupportedKerasError
 
 try:
-    from keras.src.backend import AutocastScope, compute_output_spec
+    from keras.src.backend import compute_output_spec
     from keras.src.backend.common import global_state
     from keras.src.backend.common.masking import get_keras_mask, set_keras_mask
+    from keras.src.backend.common.variables import AutocastScope
     from keras.src.ops.function import Function
     from keras.src.optimizers.base_optimizer import clip_by_global_norm
     from keras.src.trainers.data_adapters import ArrayDataAdapter, get_data_adapter

@@ -33,6 +33,7 @@ def compiled_state(model: keras.Model) -> dict[str, Any]:
     state = {name: getattr(model, name) for name in _COMPILED}
     return {
         **state,
+        "data_parallel": getattr(model, "ddp_model", None),
         "compile_config": dict(model._compile_config.config),
         "compiled_flags": dict(model._compiled_trainable_state),
     }
@@ -43,6 +44,7 @@ def set_compiled_state(model: keras.Model, state: dict[str, Any]) -> None:
     """Puts back what `compiled_state` returned."""
     for name in _COMPILED:
         setattr(model, name, state[name])
+    _set_data_parallel(model, state["data_parallel"])
     model._compile_config.config.update(state["compile_config"])
     model._compiled_trainable_state.update(state["compiled_flags"])
 
@@ -103,7 +105,29 @@ def renew_functions(model: keras.Model, *, keep_evaluation: bool) -> None:
     # What `compile` notes, and Keras means to compare with the flags when `fit` starts.
     flags = {layer: layer.trainable for layer in model._flatten_layers()}
     model._compiled_trainable_state.update(flags)
+    _set_data_parallel(model, None)
     model.make_train_function(force=True)
+
+
+def _set_data_parallel(model: keras.Model, wrapped: Any) -> None:
+    """Sets what sums gradients over the processes on torch, since Keras 3.16; None: made anew.
+
+    Keras wraps a model in torch's `DistributedDataParallel` before its first step and keeps that,
+    but it sums the gradients of those weights alone that trained then: each process would fine-tune
+    a backbone of its own. `make_train_function` wraps a model that is not wrapped.
+    """
+    if getattr(model, "ddp_model", None) is not wrapped:
+        # As Keras sets it: torch would register the model as a part of itself.
+        object.__setattr__(model, "ddp_model", wrapped)
+
+
+def in_data_parallel(model: keras.Model) -> bool:
+    """Whether Keras wraps each model that runs in torch's `DistributedDataParallel`."""
+    if keras.backend.backend() != "torch" or not hasattr(model, "ddp_model"):
+        return False
+    import torch
+
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
 # In a switch that is only tried, and while flags are looked up and put back.
