@@ -184,7 +184,7 @@ def test_a_model_on_the_inputs_of_its_backbone(trained):
 
 
 @pytest.mark.eager
-@pytest.mark.parametrize("interrupted_at", [2, 4])
+@pytest.mark.parametrize("interrupted_at", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_run_goes_on_from_its_backup_in_a_recorded_stage(interrupted_at, tmp_path, trained):
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
