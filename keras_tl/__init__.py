@@ -1,4 +1,15 @@
-"""Drop-in Keras 3 callbacks and layers for transfer learning."""
+"""Drop-in Keras 3 callbacks and layers for transfer learning.
+
+- Train a head on a frozen backbone, then fine-tune it, in one `fit`: `UnfreezeAtConvergence`, with
+  a list of `Stage` for several switches. Or in one call, which records what is frozen: `fine_tune`.
+- Keep BatchNormalization and dropout of the backbone as they should be: `FrozenBackbone`.
+- Prove that what should stay frozen has: `FreezeGuard`. See what trains: `trainable_report`,
+  `plot_trainable`, `memory_report`. See how it went: `plot_stages`.
+- Find and set learning rates: `find_learning_rate`, `layerwise_learning_rates`, `GroupOptimizer`.
+- Record features once, and train on them: `FeatureCache`.
+- Afterwards: `interpolate_weights`, and `unwrap` to deploy without this package.
+- For a training loop of your own: `ConvergenceMonitor`, `renew_optimizer`.
+"""
 
 from keras_tl.calibration import scale_temperature
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence

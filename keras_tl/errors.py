@@ -67,7 +67,10 @@ class FrozenWeightsChangedError(RuntimeError):
     """Weights that must not change have changed. The model is left as it was found.
 
     Attributes:
-        changes: Tuple of `WeightChange`, one for each weight.
+        changes: Tuple of `WeightChange`, one for each weight: its `path`; the `cause`, and the
+            `remedy`; the `largest_change`, and the whole `difference` as an array; the moments
+            `last_clean`, of the last check without it, and `detected`, each with an `epoch`, a
+            `batch` and a number of the `check`.
 
     Example:
 
@@ -104,10 +107,11 @@ class FrozenWeightsChangedError(RuntimeError):
 class StaleCompileError(FrozenWeightsChangedError):
     """The optimizer or train step was made for other weights than are trainable now.
 
-    Raised before a step is lost, then with no `changes`, or once a weight has changed.
+    Raised before a step is lost, or once a weight has changed.
 
     Attributes:
-        changes: Tuple of `WeightChange`.
+        changes: Tuple of `WeightChange`, as in `FrozenWeightsChangedError`. Empty before a step is
+            lost.
         still_training: Tuple of strings. Paths of weights that are frozen now, and that the
             optimizer was made to train.
         not_training: Tuple of strings. Paths of weights that are trainable now, and that the

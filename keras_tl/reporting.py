@@ -51,7 +51,10 @@ class TrainableReport:
     See `trainable_report`.
 
     Attributes:
-        layers: Tuple of `LayerReport`.
+        layers: Tuple of `LayerReport`, one for each layer, with its `name`; how many parameters are
+            `trainable` and `frozen`; the `dtypes` and `nbytes` of its weights; its
+            `inference_mode`, which is `"all"`, `"batchnorm"` or `"none"`; and `compiled`, whether
+            the optimizer trains what is trainable in it.
         total: `LayerReport` of the whole model, in which shared weights count once.
 
     Example:

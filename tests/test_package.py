@@ -1,5 +1,6 @@
 """What holds for the package as a whole."""
 
+import doctest
 import inspect
 import re
 from importlib import metadata
@@ -44,9 +45,42 @@ def test_only_internals_and_features_which_are_tf_data_import_tensorflow():
 PUBLIC = [getattr(keras_tl, name) for name in keras_tl.__all__ if name != "__version__"]
 
 
+# What users do not make themselves, and what in an example makes it.
+MADE_BY = {
+    "MemoryReport": "memory_report",
+    "TrainableReport": "trainable_report",
+    "Transition": ".transitions",
+}
+
+
+def example_of(one):
+    """Returns what doctest runs of the section `Example:`."""
+    section = re.search(r"\n *Example:\n\n(.*?)(?=\n *[A-Z]\w+:\n|\Z)", one.__doc__, re.DOTALL)
+    return doctest.DocTestParser().get_examples(section[1]) if section else []
+
+
 @pytest.mark.parametrize("one", PUBLIC, ids=lambda one: one.__name__)
-def test_public_docstrings_have_an_example(one):
-    assert ">>> " in one.__doc__
+def test_public_docstrings_have_an_example_that_runs(one):
+    lines = example_of(one)
+    shown = MADE_BY.get(one.__name__, one.__name__)
+    assert any(shown in line.source + line.want for line in lines)
+    assert not any(line.options.get(doctest.SKIP) for line in lines)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [one for one in PUBLIC if inspect.isclass(one) and issubclass(one, Exception)],
+    ids=lambda one: one.__name__,
+)
+def test_the_example_of_an_error_shows_when_it_is_raised(error):
+    caught = f"except {error.__name__}"
+    lines = example_of(error)
+    assert any(caught in line.source or error.__name__ in (line.exc_msg or "") for line in lines)
+
+
+def test_examples_of_docstrings_are_run_with_the_tests(request):
+    assert "--doctest-modules" in request.config.getini("addopts")
+    assert "keras_tl" in request.config.getini("testpaths")
 
 
 def own_functions():

@@ -45,12 +45,11 @@ class FreezeGuard(keras.callbacks.Callback):
     Before a step is lost, when `fit` and each epoch start, it also compares the optimizer with what
     is trainable: on TensorFlow, Keras keeps training a layer that was frozen after `compile`.
 
-    A check is one pass over the weights on their device; see `keras_tl.guard.fingerprints`, which
-    proves that every change of one element of up to 32 bits is seen, and any other is missed with a
-    probability below 2**-27. To tell what has changed by how much, the old values are kept: on
-    TensorFlow they take no memory until a weight changes, and then that of this weight; on JAX and
-    torch they are a copy of the watched weights in the host's memory, whatever the `action`. An
-    error takes the changed weights' size in float64, on the host.
+    A check is one pass over the weights on their device. It sees every change of one element of up
+    to 32 bits, and misses any other with a probability below `2**-27`. To tell what has changed by
+    how much, the old values are kept: on TensorFlow they take no memory until a weight changes, and
+    then that of this weight; on JAX and torch they are a copy of the watched weights in the host's
+    memory, whatever the `action`. An error takes the changed weights' size in float64, on the host.
 
     Args:
         layers: Which layers of the model are watched in addition, trainable or not, with all their

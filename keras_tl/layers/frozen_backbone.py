@@ -105,9 +105,9 @@ class FrozenBackbone(keras.layers.Layer):
     `pyramid_outputs`) are outputs of a wrapper, such that a model that is made of them holds it.
     Through a frozen wrapper `enable_lora` adds weights that are frozen too: `unfreeze("lora")`
     trains them. A compiled backbone keeps its loss and metrics to itself, as when it is nested
-    plainly. On
-    TensorFlow, a `tf.GradientTape` does not watch weights that are frozen, which spares time and
-    memory: for the gradient to one, call `tape.watch(weight.value)` before the layer is called.
+    plainly. On TensorFlow, a `tf.GradientTape` does not watch weights that are frozen, which spares
+    time and memory: for the gradient to one, call `tape.watch(weight.value)` before the layer is
+    called.
 
     Args:
         backbone: A Keras layer or model (Functional, Sequential, subclassed), of which the wrapper
@@ -126,7 +126,7 @@ class FrozenBackbone(keras.layers.Layer):
             `inference_mode="always"`. Defaults to `False`. See below.
         name: String. The layer's name.
         **layer_kwargs: Arguments of `keras.layers.Layer`. `trainable=True` unfreezes all of the
-            backbone, BatchNormalization included, as setting `trainable` does.
+            backbone, BatchNormalization included, as `layer.trainable = True` does.
 
     With `rematerialize=True`, the backbone's graph is cut where little passes from one block to the
     next, and `keras.remat` is applied to each segment after the first weight that trains. A layer

@@ -85,6 +85,8 @@ class GroupOptimizer(keras.optimizers.MultiOptimizer):
         loss_scale_factor: float | None = None,
         name: str | None = None,
     ):
+        """Makes an optimizer that is not built."""
+        # Without this, `help` and the API reference show the arguments of MultiOptimizer.
         assign = dict(assign or {})
         _check_groups(groups)
         check_assign(groups, assign)
