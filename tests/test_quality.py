@@ -57,12 +57,12 @@ def test_runs_that_are_there_are_not_done_again(tmp_path, monkeypatch):
         return {"val_loss": 1.0, "cpu": 1.0, "calibration": 0.0, "scores": {"all": 1.0}}
 
     monkeypatch.setattr(quality, "run", run)
-    pair = Pair(None, None, None, 2, 16, (1e-3, 1e-4))
+    pair = Pair(None, None, None, 2, 16, (1e-3, 1e-4), without=("head only",))
     monkeypatch.setitem(quality.PAIRS, "digits", lambda cache: pair)
     path = tmp_path / "quality.jsonl"
     path.write_text(json.dumps(result("everything, plain", 1e-4, 0, 0.4, 0.8)) + "\n")
     for _ in range(2):
-        quality.run_all(["digits"], ["everything, plain"], 1, path)
+        quality.run_all(["digits"], ["head only", "everything, plain"], 1, path)
     assert done == [("everything, plain", 1e-3, 0)]
 
 

@@ -90,7 +90,8 @@ def run_all(names, ways, seeds, path):
         except MissingError as missing:
             print(f"{name}: left out. It needs `{missing}`", flush=True)
             continue
-        for seed, way in ((seed, way) for seed in range(seeds) for way in ways):
+        there = [way for way in ways if way not in pair.without]
+        for seed, way in ((seed, way) for seed in range(seeds) for way in there):
             for rate in WAYS[way][1] or pair.rates:
                 if (name, way, rate, seed) in read(path):
                     continue

@@ -32,6 +32,7 @@ class Pair:
         classes: Int.
         batch_size: Int.
         rates: Learning rates that ways with one rate choose from on the validation data.
+        without: Names of the ways that its backbone has nothing for.
     """
 
     data: object
@@ -40,6 +41,7 @@ class Pair:
     classes: int
     batch_size: int
     rates: tuple
+    without: tuple = ()
 
 
 def digits(cache):
@@ -124,7 +126,8 @@ def films(cache):
             layer.set_weights([np.concatenate([np.zeros_like(table[:1]), table])])
         return model
 
-    return Pair(data, backbone, keras.layers.GlobalAveragePooling1D, 2, 32, (1e-2, 1e-3, 1e-4))
+    rates, without = (1e-2, 1e-3, 1e-4), ('keras_tl, layers="scales"',)
+    return Pair(data, backbone, keras.layers.GlobalAveragePooling1D, 2, 32, rates, without)
 
 
 PAIRS = {"digits": digits, "films": films, "cells": cells}
