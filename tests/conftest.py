@@ -243,6 +243,8 @@ class Scripted(keras.callbacks.Callback):
         logs[self.name] = self.values[epoch]
 
 
+# It has no examples to run, and imports what only that benchmark needs.
+collect_ignore = ["benchmarks/peers/lightning_way.py"]
 SEVERAL_STEPS = pytest.mark.skipif(
     keras.backend.backend() == "torch",
     reason="Keras on torch takes one step at a time: `steps_per_execution` must be 1.",
