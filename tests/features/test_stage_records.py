@@ -16,8 +16,8 @@ from keras_tl.stages.joint_fits import JointFits
 from tests import models
 from tests.conftest import examples, regression_data, seeded_dropout, values_of
 
-X, Y = regression_data(24, seed=1)
-VALIDATION = regression_data(16, seed=2)
+X, Y = regression_data(16, seed=1)
+VALIDATION = regression_data(8, seed=2)
 RUN = {"batch_size": 8, "shuffle": False, "validation_data": VALIDATION}
 EVER = {"epochs": 10, "samples": 8, "views": 1, "max_bytes": 1 << 40, "item_bytes": None}
 
@@ -142,7 +142,7 @@ def test_any_stage_as_in_one_fit(layers, head_rate, optimizer, mode, batchnorm, 
 def test_rates_that_are_tried_are_one_record(batches_extracted):
     check_same(epochs=6, layers="block2.*", learning_rate="auto", fine_tune_patience=0)
     # Of the head and of one stage, whatever number of rates it tried.
-    assert len(batches_extracted) == 2 * 5
+    assert len(batches_extracted) == 2 * 3
 
 
 @pytest.mark.eager
@@ -215,7 +215,7 @@ def test_features_of_another_run_are_never_used(tmp_path, batches_extracted):
     assert batches_extracted == []
     run["layers"] = "block[12].*"  # Of which less is frozen.
     assert fine_tune(build(), X, Y, **run).history != first
-    assert len(batches_extracted) == 5
+    assert len(batches_extracted) == 3
 
 
 @pytest.mark.eager
@@ -311,7 +311,7 @@ def test_record_says_whether(record, stages, trained, batches_extracted, capsys)
     run = {**RUN, "epochs": 3, "max_frozen_epochs": 1, "layers": "block2.*", "record": record}
     model = build()
     fine_tune(model, X, Y, learning_rate=1e-2, verbose=2, **run)
-    assert len(batches_extracted) == 5 * stages
+    assert len(batches_extracted) == 3 * stages
     assert min(trained) < len(model.weights) if record else set(trained) == {len(model.weights)}
     assert ('fine_tune records what comes after "block1_add"' in capsys.readouterr().out) == record
 
@@ -319,12 +319,12 @@ def test_record_says_whether(record, stages, trained, batches_extracted, capsys)
 @pytest.mark.eager
 def test_bytes_that_may_not_be_kept_are_not(batches_extracted, capsys):
     run = {**RUN, "epochs": 3, "max_frozen_epochs": 1, "layers": "block2.*", "record": True}
-    fine_tune(build(), X, Y, learning_rate=1e-2, max_bytes=639, verbose=2, **run)
+    fine_tune(build(), X, Y, learning_rate=1e-2, max_bytes=383, verbose=2, **run)
     printed = capsys.readouterr().out
     assert batches_extracted == []
-    assert printed.count("640 bytes, and 639 bytes may be kept (`max_bytes`)") == 2
-    fine_tune(build(), X, Y, learning_rate=1e-2, max_bytes=640, **{**run, "verbose": 0})
-    assert len(batches_extracted) == 10
+    assert printed.count("384 bytes, and 383 bytes may be kept (`max_bytes`)") == 2
+    fine_tune(build(), X, Y, learning_rate=1e-2, max_bytes=384, **{**run, "verbose": 0})
+    assert len(batches_extracted) == 6
 
 
 @pytest.mark.parametrize(
