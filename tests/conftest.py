@@ -243,8 +243,8 @@ class Scripted(keras.callbacks.Callback):
         logs[self.name] = self.values[epoch]
 
 
-# It has no examples to run, and imports what only that benchmark needs.
-collect_ignore = ["benchmarks/peers/lightning_way.py"]
+# Programs that import what may not be installed. There are no examples in them to run.
+collect_ignore = ["benchmarks/peers/lightning_way.py", "features/distributed_process.py"]
 SEVERAL_STEPS = pytest.mark.skipif(
     keras.backend.backend() == "torch",
     reason="Keras on torch takes one step at a time: `steps_per_execution` must be 1.",
