@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import html
 import logging
 from collections.abc import Iterable, Sequence
@@ -31,6 +32,18 @@ def some(names: Sequence[str]) -> str:
     """Returns the first few names, and how many more there are."""
     more = len(names) - _NAMES_SHOWN
     return ", ".join(names[:_NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def did_you_mean(asked: str, names: Sequence[str]) -> str:
+    """Returns a hint at the names that are like the one that was asked for, with a space before.
+
+    Example:
+
+    >>> did_you_mean("val_acc", ["loss", "val_accuracy"])
+    ' Did you mean "val_accuracy"?'
+    """
+    close = dict.fromkeys(difflib.get_close_matches(asked, names, n=3, cutoff=0.5))
+    return " Did you mean " + ", ".join(f'"{name}"' for name in close) + "?" if close else ""
 
 
 def bytes_in_words(count: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
 
@@ -28,6 +27,7 @@ from keras_tl.backbone.selecting import (
 from keras_tl.internals.layers import set_layer_flag
 from keras_tl.internals.models import functions_kept
 from keras_tl.layers import FrozenBackbone
+from keras_tl.messages import did_you_mean
 
 # What `backbone=` takes: layers, their names in the model, or a function that finds them in it.
 BackboneOf: TypeAlias = (
@@ -304,6 +304,5 @@ def _named(model: keras.Model, name: str) -> keras.Layer:
         hint = f"names several layers: {', '.join(paths)}. Pass one of these, or the layer."
     else:
         names = [known for path, layer in named for known in (path, layer.name)]
-        close = dict.fromkeys(difflib.get_close_matches(name, names, n=3, cutoff=0.5))
-        hint = "matches no layer." + (f" Did you mean {', '.join(close)}?" if close else "")
+        hint = "matches no layer." + did_you_mean(name, names)
     raise ValueError(f'`backbone="{name}"`: in the model "{model.name}" that name {hint}')

@@ -5,7 +5,6 @@ A backbone is any Keras layer or model, or a list of layers.
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from keras_tl.backbone.lora import is_lora, lora_weights
 from keras_tl.backbone.scales import is_scales, scale_weights
 from keras_tl.internals.layers import own_trainable_weights, sublayers
 from keras_tl.internals.own_fit import preparing_layers
+from keras_tl.messages import did_you_mean
 
 Backbone: TypeAlias = keras.Layer | Sequence[keras.Layer]
 Selection: TypeAlias = str | int | re.Pattern | Sequence[str] | Callable[[keras.Layer], bool]
@@ -233,8 +233,7 @@ def describe(backbone: Backbone) -> str:
 def no_such_layer(backbone: Backbone, asked: str, argument: str = "layers") -> str:
     """Returns the start of an error message, with the names that may have been meant."""
     names = [name for name, _ in named_layers(backbone)]
-    close = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
-    hint = " Did you mean " + ", ".join(f'"{name}"' for name in close) + "?" if close else ""
+    hint = did_you_mean(asked, names)
     return f'`{argument}="{asked}"` matches no layer of the backbone {describe(backbone)}.{hint}'
 
 

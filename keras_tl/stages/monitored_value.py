@@ -10,6 +10,7 @@ import keras
 import numpy as np
 
 from keras_tl.internals.processes import of_chief
+from keras_tl.messages import did_you_mean
 
 
 class MonitoredValue:
@@ -81,12 +82,15 @@ class MonitoredValue:
             return float(of_chief(_number(self.name, logs[self.name])))
         if self._seen:
             return None
-        message = (
-            f"`monitor={self.name!r}` is not in the logs. Available: "
-            f"{', '.join(sorted(logs))}. Pass one of these, or validation data to `fit`; a "
-            "callback that adds it to the logs must come before this one."
-        )
         validated = any(name.startswith("val_") for name in logs)
+        of_validation = self.name.startswith("val_")
+        alike = [name for name in logs if name.startswith("val_") == of_validation]
+        or_data = "" if validated else ", or validation data to `fit`"
+        message = (
+            f"`monitor={self.name!r}` is not in the logs. Available: {', '.join(sorted(logs))}."
+            f"{did_you_mean(self.name, alike)} Pass one of these{or_data}; a callback that adds "
+            "it to the logs must come before this one."
+        )
         if first and (validated or self._never_comes(logs, validates)):
             raise ValueError(message)
         # Later an error would lose what was trained: `fit` goes on to its normal end.

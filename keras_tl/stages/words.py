@@ -91,7 +91,7 @@ def why_still_frozen(
         )
     return message + (
         f"{monitor} had not converged by the last epoch (patience={patience}). Pass more `epochs` "
-        "to `fit`, a smaller `patience`, or `max_frozen_epochs`."
+        "to `fit`; or a larger `min_delta`, a smaller `patience` or `max_frozen_epochs`."
     )
 
 

@@ -37,8 +37,10 @@ def test_refuses_what_is_not_one_number(value):
 )
 def test_what_never_comes_is_an_error_in_the_first_epoch_alone(monitor, logs, validates):
     monitored = MonitoredValue(monitor, "min")
-    with pytest.raises(ValueError, match=f"{monitor}.* is not in the logs. Available: loss"):
+    with pytest.raises(ValueError, match=f"{monitor}.* is not in the logs. Available: loss") as it:
         monitored.read(logs, validates=validates)
+    assert ("validation data" in str(it.value)) == ("val_loss" not in logs)
+    assert ('Did you mean "val_loss"?' in str(it.value)) == (monitor == "val_acuracy")
     # Later an error would lose what was trained.
     monitored = MonitoredValue(monitor, "min")
     assert monitored.read({monitor: 1.0}, validates=validates) == 1.0
