@@ -47,7 +47,7 @@ def test_finds_the_wrapper_by_its_name_and_by_that_of_what_it_wraps(name):
 
 
 def test_a_name_of_no_layer_is_an_error_with_close_ones():
-    with pytest.raises(ValueError, match='`backbone="bass"`.*matches no layer. Did you mean base'):
+    with pytest.raises(ValueError, match='`backbone="bass"`.*no layer. Did you mean "base"'):
         Backbones(build()[0], "bass")
 
 
