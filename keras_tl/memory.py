@@ -13,6 +13,7 @@ from keras_tl.backbone.freezing import count_params
 from keras_tl.backbone.selecting import flatten_layers
 from keras_tl.internals.device_memory import device_memory
 from keras_tl.internals.graphs import calls_in_graph, graph_of, sizes_of
+from keras_tl.internals.layers import trains
 from keras_tl.internals.optimizers import optimizer_weights
 from keras_tl.internals.segments import cheapest_cuts, least_need
 from keras_tl.internals.values import itemsize
@@ -139,7 +140,7 @@ def _kept(layer: Any, begun: list[bool], rematerialized: bool = False) -> float:
         if graph_of(inner) is not None and not rematerialized:
             total += _kept(inner, begun, wrapped and operation.rematerialize)
             continue
-        begun[0] = begun[0] or _trains(inner)
+        begun[0] = begun[0] or trains(inner)
         if not begun[0]:
             continue
         if _is_opaque(inner) or any(None in x.shape[1:] for x in call.outputs):
@@ -150,10 +151,6 @@ def _kept(layer: Any, begun: list[bool], rematerialized: bool = False) -> float:
         cuts = cheapest_cuts(returned[first:], carried[first:])
         return least_need(cuts, returned[first:], carried[first:])
     return total
-
-
-def _trains(operation: Any) -> bool:
-    return isinstance(operation, keras.Layer) and bool(operation.trainable_weights)
 
 
 def _is_opaque(operation: Any) -> bool:

@@ -22,6 +22,11 @@ def sublayers(layer: keras.Layer) -> list[keras.Layer]:
     return layer._flatten_layers(include_self=False, recursive=False)
 
 
+def trains(operation: Any) -> bool:
+    """Whether what a graph calls is a layer of which a weight trains, as flags are now."""
+    return isinstance(operation, keras.Layer) and bool(operation.trainable_weights)
+
+
 @checked(SINCE_3_15)
 def was_called(layer: keras.Layer) -> bool:
     """Whether a layer has been called on symbolic tensors, which it then knows."""

@@ -22,6 +22,7 @@ from keras_tl.internals.imported import (
     get_keras_mask,
     set_keras_mask,
 )
+from keras_tl.internals.layers import trains
 from keras_tl.internals.segments import cheapest_cuts, segments
 
 
@@ -122,8 +123,8 @@ class _Graph:
 
     def _plan(self) -> list[tuple[_Part, bool]]:
         """The segments, and whether each is to be computed again, as the flags are now."""
-        trains = (place for place, call in enumerate(self._calls) if _trains(call.operation))
-        first = next(trains, len(self._calls))
+        training = (place for place, call in enumerate(self._calls) if trains(call.operation))
+        first = next(training, len(self._calls))
         if first not in self._plans:
             self._plans[first] = [
                 (_Part(self._graph, self._calls, start, end), again)
@@ -152,11 +153,6 @@ class _Graph:
         if found:
             found[-1] = (*found[-1][:2], False)
         return found
-
-
-def _trains(operation: Any) -> bool:
-    layer = isinstance(operation, keras.Layer)
-    return layer and any(weight.trainable for weight in operation.weights)
 
 
 class _Part:
