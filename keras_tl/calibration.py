@@ -71,7 +71,7 @@ def scale_temperature(
 
     - Guo et al., 2017, "On Calibration of Modern Neural Networks"
     """
-    layer, loss = _last_layer(model), _loss(model)
+    layer, loss = last_layer(model), _loss(model)
     data = prepared(model, x, y, batch_size=batch_size, training=False)
     dataset, _, close = batches_of(*data, batch_size, None)
     try:
@@ -96,7 +96,13 @@ def scale_temperature(
     return temperature
 
 
-def _last_layer(model: keras.Model) -> keras.layers.Dense:
+def last_layer(model: keras.Model) -> keras.layers.Dense:
+    """Returns the layer whose logits are a classifier's, or raises a ValueError.
+
+    Args:
+        model: A model.
+    """
+    _loss(model)
     layer: Any = model
     while graph_of(layer) is not None:
         outputs = keras.tree.flatten(graph_outputs(layer))

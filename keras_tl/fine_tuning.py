@@ -217,7 +217,7 @@ def fine_tune(
     while fits.epochs_left:
         if switch.decided:
             # The switch, as records are of what is frozen after it.
-            fits.begin_epoch(steps=steps)
+            fits.begin_epoch(steps=steps, validation_data=validation_data)
         training = records.of(switch.stage, epochs=_epochs_of_stage(switch, fits.epochs_left))
         if training is not None:
             steps = training.steps

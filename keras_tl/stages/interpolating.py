@@ -63,6 +63,19 @@ def interpolate_from_start(best: BestWeights, fraction: float) -> None:
             weight.assign(between(start, on_host(weight), fraction))
 
 
+def held_out_data(data: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:
+    """Returns the validation data of `fit`, None where there is none that can be read again.
+
+    Args:
+        data: What `fit` trains and validates with, by argument.
+    """
+    held_out = data.get("validation_data")
+    given = held_out if isinstance(held_out, (tuple, list)) else (held_out,)
+    if held_out is None or never_ends(given[0]):
+        return None
+    return (*given, None, None)[:3]
+
+
 def validated(model: keras.Model, data: Mapping[str, Any], monitor: str) -> float | None:
     """Returns the monitored value on the validation data of `fit`, None if it cannot be told.
 
@@ -71,13 +84,10 @@ def validated(model: keras.Model, data: Mapping[str, Any], monitor: str) -> floa
         data: What `fit` trains and validates with, by argument.
         monitor: String. The monitored quantity.
     """
-    held_out = data.get("validation_data")
+    held_out = held_out_data(data)
     if held_out is None or not monitor.startswith("val_"):
         return None
-    given = held_out if isinstance(held_out, (tuple, list)) else (held_out,)
-    if never_ends(given[0]):
-        return None
-    x, y, sample_weight = (*given, None, None)[:3]
+    x, y, sample_weight = held_out
     results = model.evaluate(x=x, y=y, sample_weight=sample_weight, return_dict=True, verbose=0)
     value = results.get(monitor.removeprefix("val_"))
     return None if value is None else float(value)

@@ -83,13 +83,14 @@ class JointFits(keras.callbacks.CallbackList):
             # Each fit is told its first epoch, and one that is never reached is not to be left.
             unset_initial_epoch(self.model)
 
-    def begin_epoch(self, *, steps: int | None) -> None:
+    def begin_epoch(self, *, steps: int | None, validation_data: Any = None) -> None:
         """Calls `on_epoch_begin` of the callbacks before the fit that trains that epoch.
 
         For what must be known before that fit starts, such as what a switch makes trainable.
 
         Args:
             steps: Int or None. How many steps an epoch has, for the progress bar.
+            validation_data: As for `begin`, and for the same reason.
         """
         self._set_steps(steps)
         super().on_epoch_begin(self._epoch)

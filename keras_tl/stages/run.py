@@ -266,7 +266,7 @@ class Run:
 
     def _switch(self, epoch: int, reason: str) -> None:
         why = self._decisions.explained(self.state.progress, reason)
-        transition = self.state.switch(epoch, reason)
+        transition = self.state.switch(epoch, reason, data_of_fit(self._callback))
         if self.stage > self._staged.first_annealed:
             what = "goes back to the best weights, and to a third of the learning rate, for"
         else:
@@ -278,6 +278,7 @@ class Run:
             str(memory_report(self._model, batch_size=batch_size_of_fit(self._callback))),
         )
         self._say(block)
+        self._say_calibration()
         tensorboard.write_switch(self._beside, epoch, block)
         for callback in self._restarting():
             # In its `on_train_begin` Keras has a callback forget what it has judged so far.
@@ -292,6 +293,15 @@ class Run:
         """The callbacks that judge each stage by itself."""
         plateau = keras.callbacks.ReduceLROnPlateau
         return self._early_stopping() + [one for one in self._beside if isinstance(one, plateau)]
+
+    def _say_calibration(self) -> None:
+        done = self.state.calibration
+        if done is not None:
+            self._say(
+                f'UnfreezeAtConvergence calibrates "{done.layer}", which was too sure: logits '
+                f"divided by {done.temperature:.3g}, val_loss {done.before:.4g} -> "
+                f"{done.after:.4g}."
+            )
 
     # The end.
 
@@ -374,11 +384,10 @@ class Run:
 
     def _what_would_converge(self) -> str:
         """Returns the `min_delta` with which the head would have converged, if there is one."""
-        monitor = self._callback.monitor
-        whole = self.history is not None and self.logged_epochs.get(monitor, [1])[0] == 0
-        found = self._decisions.min_delta_to_converge(
-            self.history.history.get(monitor, []) if whole else []
-        )
+        monitor, values = self._callback.monitor, []
+        if self.history is not None and self.logged_epochs.get(monitor, [1])[0] == 0:
+            values = self.history.history.get(monitor, [])
+        found = self._decisions.min_delta_to_converge(values)
         return what_would_converge(monitor, found)
 
     def _say(self, message: str) -> None:

@@ -15,6 +15,7 @@ from keras_tl.internals.processes import of_chief
 from keras_tl.optimizers.groups import learning_rate_of
 from keras_tl.stages import switching
 from keras_tl.stages.best_weights import BestWeights
+from keras_tl.stages.calibrating import Calibration, calibrate
 from keras_tl.stages.deciding import Decisions
 from keras_tl.stages.progress import Progress, read
 from keras_tl.stages.rate_watch import RateWatch, rates_set
@@ -38,6 +39,7 @@ class TrainingState:
         progress: The `Progress`.
         warm_up: The `WarmUp` of the last switch, or None once it is over.
         renewed_optimizer: The optimizer that the last switch has made, or None.
+        calibration: The `Calibration` of the last switch, or None.
     """
 
     def __init__(
@@ -53,6 +55,7 @@ class TrainingState:
         self.progress = Progress()
         self.warm_up: WarmUp | None = None
         self.renewed_optimizer: keras.Optimizer | None = None
+        self.calibration: Calibration | None = None
         self._model = model
         self._staged = staged
         self._decisions = decisions
@@ -85,12 +88,13 @@ class TrainingState:
 
     # The switch.
 
-    def switch(self, epoch: int, reason: str) -> Transition:
+    def switch(self, epoch: int, reason: str, data: Mapping[str, Any]) -> Transition:
         """Goes to the next stage, or raises and changes nothing.
 
         Args:
             epoch: Int. The first epoch of the new stage.
             reason: String. Why the old one has ended.
+            data: What `fit` trains and validates with, by argument.
 
         Returns:
             The `Transition`, which is noted too.
@@ -106,6 +110,7 @@ class TrainingState:
         self.progress.transitions.append(transition)
         self.begin_stage(transition.stage)
         self._carry_best_over(before)
+        self.calibration = self._calibrate(before, data)
         self._keep_start()
         if self._warmup_steps:
             self.warm_up = WarmUp(self._staged.optimizers(), self._warmup_steps)
@@ -145,6 +150,18 @@ class TrainingState:
             offset -= switching.regularization_loss(freezing.without(before, after))
         # All processes must choose the same best weights, and rounding may differ between them.
         self.progress.best.begin_stage(self._changeable, float(of_chief(offset)))
+
+    def _calibrate(
+        self, trained: list[keras.Variable], data: Mapping[str, Any]
+    ) -> Calibration | None:
+        """Calibrates the head before rates are tried, where the validation loss judges them."""
+        best, tries = self.progress.best, self.progress.stage == self._staged.first_annealed
+        if not tries or best is None or self._decisions.monitored.name != "val_loss":
+            return None
+        done = calibrate(self._model, data, trained)
+        if done is not None and best.epoch is not None:
+            best.update(best.epoch, done.after, self._changeable, best_of_stage=False)
+        return done
 
     def _keep_start(self) -> None:
         if not self._keeps_start:

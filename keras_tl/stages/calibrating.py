@@ -1,0 +1,96 @@
+"""A head that is surer than right, calibrated before rates are tried on the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import keras
+
+from keras_tl.backbone.freezing import without
+from keras_tl.calibration import last_layer, scale_temperature
+from keras_tl.internals.optimizers import without_loss_scale
+from keras_tl.internals.processes import process_count
+from keras_tl.internals.randomness import random_state
+from keras_tl.stages.best_weights import Snapshot
+from keras_tl.stages.interpolating import held_out_data, validated
+
+# By less it is not worth to change what the user has trained.
+_LEAST_GAIN = 0.1
+# A head that is best at the limit knows next to nothing, and would be erased.
+_MOST = 10.0
+
+
+class Calibration(NamedTuple):
+    """What calibrating a head has changed.
+
+    Attributes:
+        layer: String. The name of the last layer.
+        temperature: Float. What its logits were divided by.
+        before: Float. The validation loss before.
+        after: Float. The validation loss after.
+    """
+
+    layer: str
+    temperature: float
+    before: float
+    after: float
+
+
+def calibrate(
+    model: keras.Model, data: Mapping[str, Any], trained: Sequence[keras.Variable]
+) -> Calibration | None:
+    """Divides the logits of an over-confident classifier by the temperature that fits its data.
+
+    A network that is only less sure has a lower loss than a head that is too sure, however much
+    less it knows: held against the calibrated head, it does not pass for a better one.
+
+    Args:
+        model: A compiled model.
+        data: What `fit` trains and validates with, by argument.
+        trained: List of the weights that the head's stage has trained.
+
+    Returns:
+        A `Calibration`; None where the model is as it was: it is no classifier as
+        `scale_temperature` takes it, has no validation data that can be read again, its validation
+        loss would fall by less than a tenth, or the temperature is 10 or more.
+    """
+    if held_out_data(data) is None or not _may_scale(model, trained):
+        return None
+    restore_random_state = random_state()  # On torch, to read data draws from it.
+    weights = Snapshot(last_layer(model).weights)
+    done = _calibrated(model, data)
+    if done is None:
+        weights.restore()
+    model.reset_metrics()  # An epoch begins.
+    restore_random_state()
+    return done
+
+
+def _calibrated(model: keras.Model, data: Mapping[str, Any]) -> Calibration | None:
+    """Calibrates a model, and says what that was worth; None where it is to be undone."""
+    x, y, _ = held_out_data(data) or (None, None, None)
+    before = validated(model, data, "val_loss")
+    try:
+        temperature = scale_temperature(model, x, y)
+    except ValueError:
+        return None  # As of data of which it is not known what `fit` makes of it.
+    after = validated(model, data, "val_loss")
+    if before is None or after is None or not 1 < temperature < _MOST:
+        return None
+    gains = after < (1 - _LEAST_GAIN) * before
+    return Calibration(last_layer(model).name, temperature, before, after) if gains else None
+
+
+def _may_scale(model: keras.Model, trained: Sequence[keras.Variable]) -> bool:
+    """Whether the last layer is a classifier's, of the head, and scaling it breaks nothing."""
+    if process_count() > 1 or without_loss_scale(model.optimizer).use_ema:
+        return False
+    try:
+        layer = last_layer(model)
+    except ValueError:
+        return False
+    bound = layer.kernel_constraint or layer.bias_constraint or layer.lora_enabled
+    # Of one prediction a sample: those of each word of a text would not fit in memory.
+    plain = len(layer.output.shape) == 2
+    return plain and not bound and not without(layer.weights, trained)

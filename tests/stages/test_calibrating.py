@@ -1,0 +1,149 @@
+"""A head that is too sure is calibrated before learning rates are tried, where those are judged."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_tl import FreezeGuard, FrozenBackbone, UnfreezeAtConvergence, fine_tune
+from keras_tl.internals.values import on_host
+from keras_tl.stages import calibrating, training_state
+from tests import models
+from tests.conftest import values_of
+from tests.test_calibration import noisy_classes
+
+pytestmark = pytest.mark.eager
+X, Y = noisy_classes(3, samples=60)
+RUN = {"validation_data": (X, Y), "epochs": 3, "shuffle": False, "verbose": 0}
+
+
+def build(sureness=8.0, optimizer=None, **dense):
+    """A classifier whose backbone returns its inputs, and whose head is as right as it can be."""
+    keras.utils.set_random_seed(0)
+    base = keras.Sequential([keras.Input((models.FEATURES,)), keras.layers.Dense(models.FEATURES)])
+    base.set_weights([np.eye(models.FEATURES), np.zeros(models.FEATURES)])
+    model = keras.Sequential([FrozenBackbone(base), keras.layers.Dense(3, name="last", **dense)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    # No weight moves before the switch.
+    model.compile(optimizer or keras.optimizers.SGD(0.0), loss, metrics=["accuracy"])
+    model.build((None, models.FEATURES))
+    model.get_layer("last").kernel.assign(sureness * np.eye(models.FEATURES, 3))
+    return model
+
+
+class AtSwitch(keras.callbacks.Callback):
+    """Keeps the last layer's kernel as the first fine-tuning epoch begins."""
+
+    def on_epoch_begin(self, epoch, logs=None):
+        if epoch == 1:
+            self.kernel = on_host(self.model.get_layer("last").kernel)
+
+
+def switched(model, learning_rate="auto", **arguments):
+    """Returns the kernel after a switch, what `fit` logged, and the callback."""
+    callback = UnfreezeAtConvergence(
+        learning_rate, **{"max_frozen_epochs": 1, "verbose": 0} | arguments
+    )
+    at = AtSwitch()
+    history = model.fit(X, Y, callbacks=[callback, at, FreezeGuard(verbose=0)], **RUN).history
+    return at.kernel, history, callback
+
+
+def test_an_over_confident_head_is_divided_by_its_temperature(capsys):
+    model = build()
+    before = model.predict(X, verbose=0)
+    kernel, history, callback = switched(model, verbose=1)
+    temperature = 8 / kernel[0, 0]
+    assert 2 < temperature < calibrating._MOST
+    np.testing.assert_allclose(kernel, 8 / temperature * np.eye(models.FEATURES, 3), rtol=1e-6)
+    np.testing.assert_array_equal((X @ kernel).argmax(1), before.argmax(1))
+    said = capsys.readouterr().out
+    assert f'calibrates "last", which was too sure: logits divided by {temperature:.3g}' in said
+    assert callback.transitions[0].value == pytest.approx(history["val_loss"][0])
+
+
+def test_where_no_rate_helps_the_calibrated_head_remains():
+    kernel, *_ = switched(build())
+    model = build()
+    accuracy = model.evaluate(X, Y, verbose=0)[1]
+    callback = UnfreezeAtConvergence("auto", max_frozen_epochs=1, verbose=0)
+    backbone = model.layers[0].backbone.layers[-1]
+
+    class Hurts(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            # On JAX, to read the model gives it the values that `fit` has.
+            if self.model is not None and callback.stage:
+                backbone.kernel.assign(np.zeros(backbone.kernel.shape))
+
+    history = model.fit(X, Y, callbacks=[callback, Hurts()], **RUN).history
+    loss, now = model.evaluate(X, Y, verbose=0)
+    np.testing.assert_array_equal(on_host(model.get_layer("last").kernel), kernel)
+    assert loss < min(history["val_loss"])
+    assert now == accuracy
+    assert callback.best_epoch == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "why"),
+    [
+        ({"learning_rate": 1e-30}, "a rate is given"),
+        ({"monitor": "val_accuracy"}, "accuracy judges"),
+    ],
+)
+def test_is_for_rates_that_the_validation_loss_judges(arguments, why):
+    model = build()
+    kernel, *_ = switched(model, **arguments)
+    np.testing.assert_array_equal(kernel, 8 * np.eye(models.FEATURES, 3), err_msg=why)
+
+
+HEADS = {
+    "is as sure as it is right": {"sureness": 3.0},
+    "is best at no sureness at all": {"sureness": 200.0},
+    "is averaged": {"optimizer": keras.optimizers.SGD(0.0, use_ema=True)},
+    "has a constraint": {"kernel_constraint": keras.constraints.MaxNorm(100)},
+    "is no classifier": {"activation": "tanh"},
+}
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_other_heads_stay_bit_for_bit(name):
+    model = build(**HEADS[name])
+    before = on_host(model.get_layer("last").kernel)
+    kernel, *_ = switched(model)
+    np.testing.assert_array_equal(kernel, before)
+
+
+def test_to_look_changes_nothing(monkeypatch):
+    runs = []
+    for looks in (True, False):
+        if not looks:
+            monkeypatch.setattr(training_state, "calibrate", lambda *_: None)
+        model = build(sureness=3.0)
+        runs.append((switched(model, warmup_steps=0)[1], values_of(model)))
+    assert runs[0] == runs[1]
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_fine_tune_does_as_fit_does(record):
+    model, other = build(), build()
+    _, history, _ = switched(model, warmup_steps=0)
+    settings = {"learning_rate": "auto", "max_frozen_epochs": 1, "warmup_steps": 0}
+    found = fine_tune(other, X, Y, record=record, **settings, **RUN).history
+    assert found["val_loss"] == pytest.approx(history["val_loss"])
+    np.testing.assert_allclose(
+        on_host(other.get_layer("last").kernel), on_host(model.get_layer("last").kernel), rtol=1e-5
+    )
+    assert abs(on_host(other.get_layer("last").kernel)).max() < 7
+
+
+def test_a_run_that_is_resumed_after_it_ends_with_the_same_weights(tmp_path):
+    whole = build()
+    switched(whole)
+    stops = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, _: epoch and 1 / 0)
+    kept = {"backup_dir": tmp_path}
+    callback = UnfreezeAtConvergence("auto", max_frozen_epochs=1, verbose=0, **kept)
+    with pytest.raises(ZeroDivisionError):
+        build().fit(X, Y, callbacks=[callback, stops], **RUN)
+    resumed = build()
+    callback = UnfreezeAtConvergence("auto", max_frozen_epochs=1, verbose=0, **kept)
+    resumed.fit(X, Y, callbacks=callback, **RUN)
+    assert values_of(resumed) == values_of(whole)
