@@ -45,7 +45,8 @@ def test_a_plain_task_that_has_prepared_strings_is_unwrapped():
     # Its preprocessor makes layers when it is first called, which a copy does not have.
     tokenizer = hub.BertTokenizer(vocabulary=WORDS)
     preprocessor = hub.BertTextClassifierPreprocessor(tokenizer, sequence_length=8)
-    task, _ = text_task(False, preprocessor)
+    base = hub.BertBackbone(len(WORDS), 2, 2, 4, 8, max_sequence_length=8)
+    task = hub.BertTextClassifier(base, preprocessor=preprocessor, num_classes=2)
     prepared = preprocessor(["the film", "was good"])
     assert np.array_equal(unwrap(task)(prepared), task(prepared))
 
