@@ -41,6 +41,7 @@ def text_task(wrap, preprocessor=None):
     return compiled(task), base
 
 
+@pytest.mark.filterwarnings("ignore:`compile..` was not called")
 def test_a_plain_task_that_has_prepared_strings_is_unwrapped():
     # Its preprocessor makes layers when it is first called, which a copy does not have.
     tokenizer = hub.BertTokenizer(vocabulary=WORDS)
