@@ -7,7 +7,7 @@
   `plot_trainable`, `memory_report`. See how it went: `plot_stages`.
 - Find and set learning rates: `find_learning_rate`, `layerwise_learning_rates`, `GroupOptimizer`.
 - Record features once, and train on them: `FeatureCache`.
-- Afterwards: `interpolate_weights`, and `unwrap` to deploy without this package.
+- Afterwards: `interpolate_weights`, `scale_temperature`; `unwrap` to deploy without this package.
 - For a training loop of your own: `ConvergenceMonitor`, `renew_optimizer`.
 """
 

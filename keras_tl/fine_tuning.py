@@ -17,7 +17,7 @@ from keras_tl.features.same_epochs import never_ends
 from keras_tl.features.stage_records import RecordSettings, StageRecords
 from keras_tl.internals.batches import batch_count, samples_in_batch, split_off_validation
 from keras_tl.internals.processes import divides_data
-from keras_tl.messages import say
+from keras_tl.messages import did_you_mean, say
 from keras_tl.stages.joint_fits import JointFits
 
 
@@ -164,6 +164,7 @@ def fine_tune(
         validation_steps=validation_steps,
         max_bytes=max_bytes,
     )
+    _check_names(unfreezing)
     if record not in ("auto", True, False):
         raise ValueError(f'`record` must be "auto", True or False. Received: record={record!r}.')
     if divides_data():
@@ -269,6 +270,18 @@ def _check_arguments(model: keras.Model, x: Any, *, epochs: int, **counts: int |
             f"{what} needs `steps_per_epoch`: it is read in several epochs, and must not end. "
             "Or pass a `keras.utils.PyDataset` or a `tf.data.Dataset` that has a length."
         )
+
+
+def _check_names(unfreezing: dict[str, Any]) -> None:
+    """Raises the TypeError that names this function, not one that the user did not call."""
+    ours = inspect.signature(fine_tune).parameters
+    known = [*ours, *inspect.signature(UnfreezeAtConvergence).parameters]
+    for name in unfreezing:
+        if name not in known:
+            raise TypeError(
+                f"`fine_tune` has no argument `{name}`, nor has `UnfreezeAtConvergence`, whose "
+                f"arguments it takes too.{did_you_mean(name, known)}"
+            )
 
 
 def _check_divisible(x: Any, y: Any, sample_weight: Any, validation_data: Any) -> None:

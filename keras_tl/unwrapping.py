@@ -184,7 +184,10 @@ def _pairs(old: keras.Layer, new: keras.Layer) -> Iterator[tuple[keras.Layer, ke
     if isinstance(old, FrozenBackbone):
         old = old.backbone
     yield old, new
-    for old_part, new_part in zip(sublayers(old), sublayers(new), strict=True):
+    old_parts, new_parts = sublayers(old), sublayers(new)
+    if len(old_parts) != len(new_parts) and not old.variables:
+        return  # A preprocessor of KerasHub makes its layers, without weights, when first called.
+    for old_part, new_part in zip(old_parts, new_parts, strict=True):
         yield from _pairs(old_part, new_part)
 
 

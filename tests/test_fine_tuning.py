@@ -469,6 +469,11 @@ def test_a_model_that_is_not_compiled():
         fine_tune(models.functional_outer(FrozenBackbone(models.functional(["dense"]))), X, Y)
 
 
+def test_an_argument_that_is_misspelt_is_named_with_its_function():
+    with pytest.raises(TypeError, match=r'`fine_tune` has no .*Did you mean "max_frozen_epochs"'):
+        fine_tune(small(), X, Y, max_frozen_epoch=2)
+
+
 def test_a_generator_that_ends_is_refused_before_any_step(batches_extracted):
     with pytest.raises(ValueError, match="A generator needs `steps_per_epoch`"):
         fine_tune(small(), generator(), validation_data=VALIDATION)

@@ -41,6 +41,17 @@ def text_task(wrap, preprocessor=None):
     return compiled(task), base
 
 
+@pytest.mark.filterwarnings("ignore:`compile..` was not called")
+def test_a_plain_task_that_has_prepared_strings_is_unwrapped():
+    # Its preprocessor makes layers when it is first called, which a copy does not have.
+    tokenizer = hub.BertTokenizer(vocabulary=WORDS)
+    preprocessor = hub.BertTextClassifierPreprocessor(tokenizer, sequence_length=8)
+    base = hub.BertBackbone(len(WORDS), 2, 2, 4, 8, max_sequence_length=8)
+    task = hub.BertTextClassifier(base, preprocessor=preprocessor, num_classes=2)
+    prepared = preprocessor(["the film", "was good"])
+    assert np.array_equal(unwrap(task)(prepared), task(prepared))
+
+
 def compiled(task):
     task.compile(
         keras.optimizers.SGD(0.05), keras.losses.SparseCategoricalCrossentropy(from_logits=True)

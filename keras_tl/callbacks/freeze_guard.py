@@ -14,7 +14,13 @@ import keras
 
 from keras_tl.backbone.changeable import constant_weights
 from keras_tl.backbone.freezing import count_params
-from keras_tl.backbone.selecting import Choice, check_choice, choose_layers, is_built
+from keras_tl.backbone.selecting import (
+    Choice,
+    batchnorm_layers,
+    check_choice,
+    choose_layers,
+    is_built,
+)
 from keras_tl.errors import (
     FrozenWeightsChangedError,
     Moment,
@@ -414,8 +420,17 @@ class FreezeGuard(keras.callbacks.Callback):
             return ": nothing is frozen at the end. No weight changed while it was."
         return (
             f": all {len(weights)} weights that must not change ({count_params(weights):,} "
-            "parameters) are as they were, bit for bit."
+            f"parameters) are as they were, bit for bit.{self._why_frozen_still(weights)}"
         )
+
+    def _why_frozen_still(self, weights: Sequence[keras.Variable]) -> str:
+        """A sentence, if there are frozen weights only where all that can be is unfrozen."""
+        layers = batchnorm_layers([self.model])
+        held = {id(weight) for layer in layers for weight in layer.weights}
+        if any(id(weight) not in held for weight in weights):
+            return ""
+        names = ", ".join(dict.fromkeys(weight.name for weight in weights))
+        return f" They are BatchNormalization's ({names}), constant while the rest trains."
 
     def _what_is_left_out(self) -> str:
         layers = self._excluded()

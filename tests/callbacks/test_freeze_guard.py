@@ -603,6 +603,16 @@ def test_it_says_what_it_has_watched(capsys):
     )
 
 
+def test_it_says_why_weights_are_frozen_where_the_rest_trains(capsys):
+    model, wrapper = build()
+    wrapper.unfreeze()
+    model.compile("sgd", "mse")
+    fit(model, FreezeGuard())
+    out = capsys.readouterr().out
+    assert "all 4 weights" in out
+    assert "BatchNormalization's (gamma, beta, moving_mean, moving_variance), constant" in out
+
+
 def test_a_new_guard_can_be_copied_and_pickled():
     # KerasTuner copies callbacks for each trial.
     guard = FreezeGuard(check=2, action="warn", verbose=0)

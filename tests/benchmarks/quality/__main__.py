@@ -26,13 +26,23 @@ import keras
 import numpy as np
 
 from keras_tl import scale_temperature
+from keras_tl.visualization.axes import COLORS, GRAY
 from tests.benchmarks.quality.pairs import PAIRS, MissingError
 from tests.benchmarks.quality.ways import WAYS
 
 FOLDER = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 
-
 _ERRORS = ("calibration", "after_scaling")
+# The ways in the picture, from the top.
+PICTURED = (
+    "head only",
+    "keras_tl",
+    "keras_tl, interpolate=0.5",
+    "keras_tl, one frozen epoch",
+    'keras_tl, layers="scales"',
+    "everything, FrozenBackbone",
+    "everything, plain",
+)
 
 
 def probabilities(model, x):
@@ -137,20 +147,32 @@ def _mean(values):
 
 
 def draw(results, names, path):
-    """Draws the score within the domain against seconds, a panel a pair."""
+    """Draws scores within the domain, a panel a pair and a row a way.
+
+    Lines are standard deviations over the seeds, and processor seconds are beside them.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(5 * len(names), 4), layout="constrained")
-    for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-        for way, runs in chosen(results, name).items():
-            scores = [next(iter(one["scores"].values())) for one in runs]
-            seconds = statistics.mean(one["cpu"] for one in runs)
-            spread = statistics.stdev(scores) if len(scores) > 1 else 0
-            mark = "o" if way.startswith("keras_tl") else "s"
-            mean = statistics.mean(scores)
-            axes.errorbar(seconds, mean, spread, marker=mark, linestyle="none", label=way)
-        axes.set(title=name, xscale="log", xlabel="CPU seconds", ylabel="balanced accuracy")
-        axes.legend(fontsize="x-small")
+    found = {name: chosen(results, name) for name in names}
+    rows = [way for way in PICTURED if any(way in runs for runs in found.values())]
+    figure = Figure(figsize=(8, 1 + len(rows) / 2), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True, squeeze=False)[0]
+    for axes, (name, ways) in zip(panels, found.items(), strict=True):
+        for row, way in enumerate(rows):
+            if way not in ways:
+                continue
+            scores = [next(iter(one["scores"].values())) for one in ways[way]]
+            spread = statistics.stdev(scores) if len(scores) > 1 else None
+            color, mark = (COLORS[0], "o") if way.startswith("keras_tl") else (COLORS[5], "s")
+            axes.errorbar(statistics.mean(scores), row, xerr=spread, fmt=mark, color=color)
+            seconds = statistics.mean(one["cpu"] for one in ways[way])
+            beside = axes.get_yaxis_transform()
+            axes.text(1.02, row, f"{seconds:.0f} s", va="center", size=8, transform=beside)
+        axes.set(title=name, xlabel="balanced accuracy")
+        axes.grid(axis="x", color=GRAY, alpha=0.3)
+        axes.tick_params(left=False)
+    panels[0].set_yticks(range(len(rows)), rows)
+    panels[0].invert_yaxis()
     figure.savefig(path)
 
 
