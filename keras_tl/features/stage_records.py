@@ -18,7 +18,7 @@ from keras_tl.features.preparation import Data, prepared
 from keras_tl.features.room import room_in_memory, room_on_disk
 from keras_tl.features.same_epochs import check_training_data, check_validation_data
 from keras_tl.features.source import Source
-from keras_tl.features.splitting import SplitModel, check_has_graph, recompile_head
+from keras_tl.features.splitting import SplitModel, check_has_graph, renew_head
 from keras_tl.features.unrolled import Unrolled
 from keras_tl.features.worth import Terms, bytes_of, judge
 from keras_tl.internals.processes import agreed, of_all, processes_here, whole_data
@@ -110,6 +110,7 @@ class StageRecords:
         self._inputs: Any = None
         self._samples: int | None = None
         self._last: tuple[list[int], FeatureCache, Training] | None = None
+        self._known = False  # What `SplitModel` takes.
         # Why no stage can be trained on records, once that is known.
         self.given_up = settings.record is False
 
@@ -141,6 +142,7 @@ class StageRecords:
             self._say(f"fine_tune trains {what}. {error}")
             return None
         self._last = (trained, cache, training)
+        self._known = True
         return training
 
     def release(self) -> None:
@@ -154,14 +156,14 @@ class StageRecords:
         assert self._last is not None
         training = self._last[2]
         if training.model.optimizer is not self._model.optimizer:
-            recompile_head(training.model, self._model)
+            renew_head(training.model, self._model)
         return training
 
     def _split(self, stage: int, epochs: int) -> SplitModel | None:
         """Returns the model split where it is worth it, or None, and says why."""
         self._check_data()
         if not Backbones(self._model, self._backbone).trainable_weights:
-            split = SplitModel(self._model, self._backbone)
+            split = SplitModel(self._model, self._backbone, known=self._known)
             return split if self._fits(split, stage) else None
         check_has_graph(self._model)
         random = self._settings.views is not None
@@ -170,7 +172,7 @@ class StageRecords:
         if verdict.cut is None:
             self._say(f"fine_tune trains stage {stage} through the whole model: {verdict.why}.")
             return None
-        split = SplitModel(self._model, self._backbone, cut=verdict.cut)
+        split = SplitModel(self._model, self._backbone, cut=verdict.cut, known=self._known)
         self._say(f"fine_tune records {verdict.why}.")
         return split
 
