@@ -27,10 +27,8 @@ from keras_tl.internals.models import (
     compile_arguments,
     compile_call,
     functions_set_aside,
-    install_optimizer,
     losses_of,
     own_methods,
-    renew_functions,
     strategy_scope,
 )
 from keras_tl.messages import some
@@ -306,18 +304,14 @@ def _head(
     structure = next(iter(inputs.values())) if len(inputs) == 1 else inputs
     head = keras.Model(structure, second(masked), name=f"{model.name}_head")
     if model.compiled:
-        switching.build_optimizer(model)
-        head.compile(**compile_arguments(model))
+        recompile_head(head, model)
     return head
 
 
-def renew_head(head: keras.Model, model: keras.Model) -> None:
-    """Gives a head the optimizer that its model has now, for the same weights.
-
-    Not by `compile`, after which TensorFlow would trace the evaluation anew.
-    """
-    install_optimizer(head, switching.build_optimizer(model))
-    renew_functions(head, keep_evaluation=True)
+def recompile_head(head: keras.Model, model: keras.Model) -> None:
+    """Compiles a head as its model is compiled now, with the same optimizer."""
+    switching.build_optimizer(model)
+    head.compile(**compile_arguments(model))
 
 
 def _operations(model: keras.Model, backbones: Backbones) -> list[keras.Layer]:

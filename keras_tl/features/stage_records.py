@@ -18,7 +18,7 @@ from keras_tl.features.preparation import Data, prepared
 from keras_tl.features.room import room_in_memory, room_on_disk
 from keras_tl.features.same_epochs import check_training_data, check_validation_data
 from keras_tl.features.source import Source
-from keras_tl.features.splitting import SplitModel, check_has_graph, renew_head
+from keras_tl.features.splitting import SplitModel, check_has_graph, recompile_head
 from keras_tl.features.unrolled import Unrolled
 from keras_tl.features.worth import Terms, bytes_of, judge
 from keras_tl.internals.processes import agreed, of_all, processes_here, whole_data
@@ -156,7 +156,7 @@ class StageRecords:
         assert self._last is not None
         training = self._last[2]
         if training.model.optimizer is not self._model.optimizer:
-            renew_head(training.model, self._model)
+            recompile_head(training.model, self._model)
         return training
 
     def _split(self, stage: int, epochs: int) -> SplitModel | None:

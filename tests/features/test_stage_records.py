@@ -5,7 +5,6 @@ import functools
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -16,7 +15,7 @@ from keras_tl.features.unrolled import Unrolled
 from keras_tl.features.worth import Terms, deepest, judge
 from keras_tl.stages.joint_fits import JointFits
 from tests import models
-from tests.conftest import examples, only_on, regression_data, seeded_dropout, values_of
+from tests.conftest import examples, regression_data, seeded_dropout, values_of
 
 X, Y = regression_data(16, seed=1)
 VALIDATION = regression_data(8, seed=2)
@@ -142,27 +141,12 @@ def test_any_stage_as_in_one_fit(layers, head_rate, optimizer, mode, batchnorm, 
 
 @pytest.mark.eager
 def test_rates_that_are_tried_are_one_record(batches_extracted):
-    check_same(epochs=6, layers="block2.*", learning_rate="auto", fine_tune_patience=0)
+    # None of them helps by so much.
+    rates = {"learning_rate": "auto", "fine_tune_patience": 0, "warmup_steps": 1, "min_delta": 10.0}
+    history = check_same(epochs=6, layers="block2.*", **rates)
+    assert history["stage"] == [0, 1, 1, 2, 2, 3]
     # Of the head and of one stage, whatever number of rates it tried.
     assert len(batches_extracted) == 2 * 3
-
-
-@only_on("tensorflow", "Others must compile the evaluation anew for each rate.")
-def test_rates_that_are_tried_trace_the_evaluation_once(monkeypatch):
-    traced, original = [], keras.Model.test_step
-
-    def test_step(self, *data):
-        if not tf.executing_eagerly():  # As in a check on one batch.
-            traced.append(self.name)
-        return original(self, *data)
-
-    monkeypatch.setattr(keras.Model, "test_step", test_step)
-    run = {**RUN, "epochs": 6, "max_frozen_epochs": 1, "record": True, "verbose": 0}
-    run |= {"layers": "block2.*", "learning_rate": "auto", "fine_tune_patience": 0}
-    history = fine_tune(build(), X, Y, **run).history
-    assert len(set(history["learning_rate"])) > 2
-    # In the head's stage and in the other one.
-    assert len(traced) == 2
 
 
 @pytest.mark.eager
