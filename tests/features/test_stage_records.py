@@ -165,6 +165,7 @@ def test_a_later_stage_is_checked_on_one_batch_of_the_training_data(monkeypatch)
 
 
 @pytest.mark.eager
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="Its steps take and return states.")
 def test_a_later_stage_in_which_the_model_gives_something_else_is_not_recorded(trained, capsys):
     class Distorts(keras.callbacks.Callback):
         def on_epoch_end(self, epoch, logs=None):
