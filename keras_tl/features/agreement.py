@@ -35,6 +35,7 @@ def difference(
     *,
     arrays: bool,
     eager: bool = False,
+    outputs_only: bool = False,
 ) -> str | None:
     """Returns the method in which a model and its head differ by more than rounding, or None.
 
@@ -48,6 +49,7 @@ def difference(
         features: What the head takes instead of the batch's inputs.
         arrays: Bool. Whether the data is arrays; otherwise both get a `tf.data.Dataset`.
         eager: Bool. Whether both are evaluated without a compiler, wherever that is possible.
+        outputs_only: Bool. Whether `predict` alone is compared.
     """
     x, y, weight = keras.utils.unpack_x_y_sample_weight(batch)
     on_features = {"x": _dataset(features, y, weight)}
@@ -57,7 +59,7 @@ def difference(
     methods: dict[str, Callable[[Any, Any], bool]] = {
         "predict": functools.partial(_same_outputs, coarse=coarse)
     }
-    if y is not None and model.compiled:
+    if y is not None and model.compiled and not outputs_only:
         methods["evaluate"] = _same_loss
     with _left_alone(model, head, eager) as put_back:
         for method, same in methods.items():

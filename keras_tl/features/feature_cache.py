@@ -205,7 +205,9 @@ class FeatureCache:
             data = (x, y, sample_weight)
             source = alone(lambda: self._source(data, settings, batch_size, steps))
             stack.callback(source.close)
-            identity = alone(lambda: identity_of(self._split, source, settings))
+            identity: dict[str, Any] = {}
+            if self._folder is not None:  # What is in memory is never looked for again.
+                identity = alone(lambda: identity_of(self._split, source, settings))
             read = None
             if name is None and self._folder is not None:
                 folder, read = alone(

@@ -45,6 +45,8 @@ class SplitModel:
         backbone: A layer, model or list of layers of the model, names of these, or a function of
             the model. None means each `FrozenBackbone`, or else `model.backbone`.
         cut: The `Cut` to split it at. None: after the backbone, or as deep as all before is frozen.
+        known: Bool. Whether the model is known to do nothing with this data but call its layers, as
+            another split of it has shown. Only the place to split at is left to be checked then.
 
     Attributes:
         head: A model from the features to the outputs, compiled as the model is.
@@ -59,10 +61,18 @@ class SplitModel:
             train.
     """
 
-    def __init__(self, model: keras.Model, backbone: BackboneOf | None, *, cut: Cut | None = None):
+    def __init__(
+        self,
+        model: keras.Model,
+        backbone: BackboneOf | None,
+        *,
+        cut: Cut | None = None,
+        known: bool = False,
+    ):
         check_has_graph(model)
         inputs = graph_inputs(model)
         self.model = model
+        self._known, self._agrees = known, False
         self._twin: tuple[Any, keras.Model] | None = None
         self._backbones = Backbones(model, backbone)
         tensors, second = self._halves(cut)
@@ -165,6 +175,8 @@ class SplitModel:
                 `evaluate`, or None, those are extracted.
             arrays: Bool. Whether the data is arrays.
         """
+        if self._known and self._agrees:
+            return
         differs: str | None = "predict"
         if features is not None:
             differs = self._differs(batch, features, arrays=arrays)
@@ -180,10 +192,13 @@ class SplitModel:
                 "more than to call them, such as preparing the data first, which would be left "
                 "out of the record. Train through the backbone."
             )
+        self._agrees = True
 
     def _differs(self, batch: Any, features: dict[str, Any], **settings: bool) -> str | None:
         given = features if len(features) > 1 else next(iter(features.values()))
-        return difference(self.model, self._twin_of_head(), batch, given, **settings)
+        return difference(
+            self.model, self._twin_of_head(), batch, given, outputs_only=self._known, **settings
+        )
 
     def _twin_of_head(self) -> keras.Model:
         """Returns a model that does what the head does, made once for each `compile` of the model.

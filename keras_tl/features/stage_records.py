@@ -110,6 +110,7 @@ class StageRecords:
         self._inputs: Any = None
         self._samples: int | None = None
         self._last: tuple[list[int], FeatureCache, Training] | None = None
+        self._known = False  # What `SplitModel` takes.
         # Why no stage can be trained on records, once that is known.
         self.given_up = settings.record is False
 
@@ -141,6 +142,7 @@ class StageRecords:
             self._say(f"fine_tune trains {what}. {error}")
             return None
         self._last = (trained, cache, training)
+        self._known = True
         return training
 
     def release(self) -> None:
@@ -161,7 +163,7 @@ class StageRecords:
         """Returns the model split where it is worth it, or None, and says why."""
         self._check_data()
         if not Backbones(self._model, self._backbone).trainable_weights:
-            split = SplitModel(self._model, self._backbone)
+            split = SplitModel(self._model, self._backbone, known=self._known)
             return split if self._fits(split, stage) else None
         check_has_graph(self._model)
         random = self._settings.views is not None
@@ -170,7 +172,7 @@ class StageRecords:
         if verdict.cut is None:
             self._say(f"fine_tune trains stage {stage} through the whole model: {verdict.why}.")
             return None
-        split = SplitModel(self._model, self._backbone, cut=verdict.cut)
+        split = SplitModel(self._model, self._backbone, cut=verdict.cut, known=self._known)
         self._say(f"fine_tune records {verdict.why}.")
         return split
 

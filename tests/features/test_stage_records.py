@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FeatureCache, FreezeGuard, FrozenBackbone, Stage, fine_tune
 from keras_tl.callbacks import UnfreezeAtConvergence
+from keras_tl.features import splitting
 from keras_tl.features.unrolled import Unrolled
 from keras_tl.features.worth import Terms, deepest, judge
 from keras_tl.stages.joint_fits import JointFits
@@ -140,9 +141,42 @@ def test_any_stage_as_in_one_fit(layers, head_rate, optimizer, mode, batchnorm, 
 
 @pytest.mark.eager
 def test_rates_that_are_tried_are_one_record(batches_extracted):
-    check_same(epochs=6, layers="block2.*", learning_rate="auto", fine_tune_patience=0)
+    # None of them helps by so much.
+    rates = {"learning_rate": "auto", "fine_tune_patience": 0, "warmup_steps": 1, "min_delta": 10.0}
+    history = check_same(epochs=6, layers="block2.*", **rates)
+    assert history["stage"] == [0, 1, 1, 2, 2, 3]
     # Of the head and of one stage, whatever number of rates it tried.
     assert len(batches_extracted) == 2 * 3
+
+
+@pytest.mark.eager
+def test_a_later_stage_is_checked_on_one_batch_of_the_training_data(monkeypatch):
+    checked, original = [], splitting.difference
+
+    def difference(*arguments, outputs_only, **settings):
+        checked.append(outputs_only)
+        return original(*arguments, outputs_only=outputs_only, **settings)
+
+    monkeypatch.setattr(splitting, "difference", difference)
+    run = {**RUN, "epochs": 4, "max_frozen_epochs": 1, "record": True, "verbose": 0}
+    fine_tune(build(), X, Y, stages=STAGES, **run)
+    # The first one on both data sets, and by the loss too.
+    assert checked == [False, False, True, True]
+
+
+@pytest.mark.eager
+@pytest.mark.skipif(keras.backend.backend() == "jax", reason="Its steps take and return states.")
+def test_a_later_stage_in_which_the_model_gives_something_else_is_not_recorded(trained, capsys):
+    class Distorts(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            predict_step = self.model.predict_step
+            self.model.predict_step = lambda data: 1 + predict_step(data)
+
+    run = {**RUN, "epochs": 2, "max_frozen_epochs": 1, "layers": "block2.*", "verbose": 2}
+    model = build()
+    fine_tune(model, X, Y, learning_rate=1e-2, record=True, callbacks=Distorts(), **run)
+    assert trained[-1] == len(model.weights)
+    assert "gives something else for the first batch" in capsys.readouterr().out
 
 
 @pytest.mark.eager
@@ -220,13 +254,52 @@ def test_features_of_another_run_are_never_used(tmp_path, batches_extracted):
 
 @pytest.mark.eager
 def test_dropout_that_is_on_ends_what_is_recorded():
-    def dropping():
-        return build(backbone=lambda: residual(dropout=0.5), inference_mode="batchnorm")
-
     model = dropping()
     models.frozen_backbone_of(model).unfreeze("block2.*")
     cut = deepest(Unrolled(model))
     assert cut.name == '"block0_norm"'
+
+
+def augmented():
+    keras.utils.set_random_seed(0)
+    inputs = keras.Input((models.FEATURES,))
+    x = keras.layers.GaussianNoise(0.5, name="augmentation")(inputs)
+    x = FrozenBackbone(residual(), name="wrapper")(x)
+    model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    model.compile(keras.optimizers.Adam(0.02), "mse")
+    return model
+
+
+def dropping():
+    return build(backbone=lambda: residual(dropout=0.5), inference_mode="batchnorm")
+
+
+@pytest.mark.eager
+@pytest.mark.parametrize("make", [augmented, dropping])
+def test_views_let_random_layers_be_before_the_record_of_a_later_stage(
+    make, trained, batches_extracted, monkeypatch
+):
+    seen, fit = {}, JointFits.fit
+
+    def looked_at(self, trainer, features, *data, **settings):
+        fit(self, trainer, features, *data, **settings)
+        rows = seen.setdefault(len(trainer.weights), {})
+        for _ in range(8):
+            for x, y in features:
+                for one, target in zip(x.numpy(), y.numpy(), strict=True):
+                    rows.setdefault(target.tobytes(), set()).add(one.tobytes())
+
+    monkeypatch.setattr(JointFits, "fit", looked_at)
+    model = make()
+    fine_tune(
+        model, X, Y, stages=STAGES[:1], epochs=2, max_frozen_epochs=1, views=2, record=True,
+        verbose=0, **RUN,
+    )  # fmt: skip
+    whole = len(model.weights)
+    assert trained == [whole - 18, whole - 12]
+    # Two passes to train on and one to validate on, for each of two stages.
+    assert len(batches_extracted) == 2 * (2 * 2 + 1)
+    assert {len(rows) for rows in seen[whole - 12].values()} == {2}
 
 
 @pytest.mark.eager
