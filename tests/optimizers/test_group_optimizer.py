@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, GroupOptimizer
 from tests import models
-from tests.conftest import (
+from tests.shared import (
     SEVERAL_STEPS,
     as_bytes,
     examples,

@@ -7,7 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keras_tl import ConvergenceMonitor
-from tests.conftest import examples
+from tests.shared import examples
 
 values = st.one_of(
     st.sampled_from([0.0, -0.0, 0.5, 1.0, math.nan, math.inf, -math.inf]),

@@ -15,7 +15,7 @@ import pytest
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import Scripted, regression_data, values_of
+from tests.shared import Scripted, regression_data, values_of
 
 # What a neighbour does is seen without traced steps too.
 pytestmark = pytest.mark.eager
