@@ -66,9 +66,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             The learning rate of stage 1. Or `"auto"`, which finds it: stage 1 has the default rate
             of the optimizer's class (1e-3 of Adam), and each stage after it a third of the one
             before (down to 1e-5), from the best weights so far. So a rate that only hurts costs its
-            epochs and nothing else. Each has `fine_tune_patience`, or as many epochs as twice
-            `warmup_steps` where those are more. Once a rate has helped, training stops after two
-            lower ones that have not. Defaults to `None`: that of `optimizer`, or those of the
+            epochs and nothing else. Each has `fine_tune_patience`; the first two as many epochs as
+            twice `warmup_steps`, where those are more. Once a rate has helped, training stops after
+            two lower ones that have not. Defaults to `None`: that of `optimizer`, or those of the
             model's own `GroupOptimizer`; else `"auto"` where fine-tuning is judged on validation
             data (`monitor` begins with `"val_"`) and neither `stages`, `head_learning_rate`,
             `fine_tune_patience=None` nor `restore_best_weights=False` is given; else `1e-5`.

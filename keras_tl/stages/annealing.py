@@ -30,6 +30,8 @@ AUTO = "auto"
 FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01)
 # A new optimizer's first steps are as large as its rate, whatever the gradients are.
 WARMUP_STEPS = 30
+# Lower ones are best in their first epochs, or not at all, so the usual patience will do.
+PATIENT_RATES = 2
 _USUAL_RATE = 1e-3
 
 
@@ -90,7 +92,7 @@ def warmup_steps(given: int | None, finds_rate: bool) -> int:
 
 
 def least_patience(warmup_steps: int, steps: int) -> int:
-    """Returns for how many epochs without improvement a rate is tried at least.
+    """Returns for how many epochs without improvement each of the first rates is tried at least.
 
     That is twice the warm-up: epochs of few steps, in the middle of which a rate is still low, say
     little about it.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,3 +115,42 @@ class ConvergenceMonitor:
             if self.mode == "min":
                 return bool(self.dtype.type(value + self.min_delta) < best)
             return bool(self.dtype.type(value - self.min_delta) > best)
+
+
+def min_delta_to_converge(values: Sequence[float], **settings: Any) -> tuple[float, int] | None:
+    """Returns a `min_delta` with which a series would have converged in its first half.
+
+    For a series that goes on improving by a hair, which never converges with a `min_delta` of 0.
+
+    Args:
+        values: List of floats, one for each epoch.
+        **settings: Other arguments of `ConvergenceMonitor`.
+
+    Returns:
+        A tuple of the smallest such `min_delta` of the form 1, 2 or 5 times a power of ten, up to
+        a hundredth of the first value, and the epoch, counted from 0; or None where none is, as
+        the series still improves by more.
+
+    Example:
+
+    >>> losses = [1.0, 0.6, 0.5, 0.499, 0.498, 0.497, 0.496, 0.495, 0.494, 0.493]
+    >>> min_delta_to_converge(losses, patience=2)
+    (0.002, 4)
+    """
+    if not values or not np.all(np.isfinite(values)):
+        return None
+    for min_delta in _round_numbers(abs(values[0]) / 100):
+        monitor = ConvergenceMonitor(min_delta=min_delta, **settings)
+        for epoch, value in enumerate(values[: len(values) // 2]):
+            if monitor.update(epoch, value):
+                return min_delta, epoch
+    return None
+
+
+def _round_numbers(largest: float) -> list[float]:
+    """Returns 1, 2 and 5 times powers of ten, up to the largest and down to a millionth of it."""
+    if largest <= 0:
+        return []
+    top = int(np.floor(np.log10(largest)))
+    numbers = [float(f"{n}e{power}") for power in range(top - 6, top + 1) for n in (1, 2, 5)]
+    return [number for number in numbers if number <= largest]

@@ -8,8 +8,8 @@ from typing import Any
 
 import keras
 
-from keras_tl.stages.annealing import brings_nothing, only_hurts
-from keras_tl.stages.convergence import ConvergenceMonitor
+from keras_tl.stages.annealing import PATIENT_RATES, brings_nothing, only_hurts
+from keras_tl.stages.convergence import ConvergenceMonitor, min_delta_to_converge
 from keras_tl.stages.monitored_value import MonitoredValue
 from keras_tl.stages.progress import Progress
 from keras_tl.stages.stage import Stage
@@ -34,7 +34,8 @@ class Decisions:
             are none.
 
     Attributes:
-        least_patience: Int. Epochs without improvement that a stage that tries a rate has at least.
+        least_patience: Int. Epochs without improvement that a stage that tries one of the first
+            rates has at least.
 
     Example:
 
@@ -76,7 +77,8 @@ class Decisions:
         if patience is None and epochs is None:
             of_the_last = stage >= min(self._first_annealed, len(self._stages))
             patience = self._fine_tune_patience if of_the_last else self._patience
-        if patience is not None and stage >= self._first_annealed:
+        patient = range(self._first_annealed, self._first_annealed + PATIENT_RATES)
+        if patience is not None and stage in patient:
             patience = max(patience, self.least_patience)
         return patience, epochs
 
@@ -148,6 +150,15 @@ class Decisions:
         patience, _ = self.limits(progress.stage)
         return why_ended(
             reason, self.monitored.name, patience, progress.stage, progress.stage_epochs
+        )
+
+    def min_delta_to_converge(self, values: Sequence[float]) -> tuple[float, int] | None:
+        """Returns with which `min_delta`, and when, stage 0 would have ended in half the epochs."""
+        return min_delta_to_converge(
+            values,
+            mode=self.monitored.mode,
+            patience=self._patience,
+            start_from_epoch=self._start_from_epoch,
         )
 
     def waiting(self, progress: Progress) -> str | None:

@@ -31,7 +31,7 @@ from keras_tl.stages.optimizer_use import OptimizerUse
 from keras_tl.stages.rate_watch import RateWatch
 from keras_tl.stages.staged_model import HOW_TO_CONTINUE, StagedModel
 from keras_tl.stages.training_state import TrainingState
-from keras_tl.stages.words import why_still_frozen
+from keras_tl.stages.words import what_would_converge, why_still_frozen
 
 if TYPE_CHECKING:
     from keras_tl.callbacks.unfreeze_at_convergence import UnfreezeAtConvergence
@@ -170,6 +170,8 @@ class Run:
         reason = self.state.progress.switch_reason
         if reason is not None:
             self._switch(epoch, reason)
+        if self.stage == 0 and epoch == (self._callback.params or {}).get("epochs", 0) // 2:
+            self._say_what_would_converge(epoch)
         if self._waiting is not None:
             self._say(f"Epoch {epoch}: UnfreezeAtConvergence waits: {self._waiting}.")
             self._waiting = None
@@ -351,6 +353,7 @@ class Run:
                 stopped=self._model.stop_training,
                 decided=progress.switch_reason is not None,
                 seen=self._decisions.monitored.seen,
+                hint=self._what_would_converge(),
             )
             warnings.warn(message, stacklevel=4)
         elif progress.stage < stages and progress.stop_reason is None:
@@ -362,6 +365,21 @@ class Run:
                 f"UnfreezeAtConvergence: training ended {where}. Pass more `epochs` to `fit` for "
                 f"{others}."
             )
+
+    def _say_what_would_converge(self, epoch: int) -> None:
+        """Says it half way, when there is still time to start again."""
+        hint = self._what_would_converge().strip()
+        if hint and self._callback.params.get("verbose"):
+            self._say(f"Epoch {epoch}: UnfreezeAtConvergence waits, at half of the epochs. {hint}")
+
+    def _what_would_converge(self) -> str:
+        """Returns the `min_delta` with which the head would have converged, if there is one."""
+        monitor = self._callback.monitor
+        whole = self.history is not None and self.logged_epochs.get(monitor, [1])[0] == 0
+        found = self._decisions.min_delta_to_converge(
+            self.history.history.get(monitor, []) if whole else []
+        )
+        return what_would_converge(monitor, found)
 
     def _say(self, message: str) -> None:
         if self._callback.verbose:

@@ -63,7 +63,13 @@ def what_next(
 
 
 def why_still_frozen(
-    monitor: str, patience: int, *, stopped: bool, decided: bool, seen: bool = True
+    monitor: str,
+    patience: int,
+    *,
+    stopped: bool,
+    decided: bool,
+    seen: bool = True,
+    hint: str = "",
 ) -> str:
     """Returns the warning about a run that ended in stage 0.
 
@@ -73,6 +79,7 @@ def why_still_frozen(
         stopped: Bool. Whether another callback has stopped training.
         decided: Bool. Whether stage 0 ended with the last epoch.
         seen: Bool. Whether the monitored quantity was in the logs.
+        hint: String. What `what_would_converge` returned.
     """
     message = "UnfreezeAtConvergence: training ended with the backbone still frozen, because "
     if stopped:
@@ -90,8 +97,29 @@ def why_still_frozen(
             "in the logs, or `max_frozen_epochs`."
         )
     return message + (
-        f"{monitor} had not converged by the last epoch (patience={patience}). Pass more `epochs` "
-        "to `fit`; or a larger `min_delta`, a smaller `patience` or `max_frozen_epochs`."
+        f"{monitor} had not converged by the last epoch (patience={patience}). {hint}Pass more "
+        "`epochs` to `fit`; or a larger `min_delta`, a smaller `patience` or `max_frozen_epochs`."
+    )
+
+
+def what_would_converge(monitor: str, found: tuple[float, int] | None) -> str:
+    """Returns what is to be said of a series that improves by a hair, with a space after it.
+
+    Args:
+        monitor: String. The monitored quantity.
+        found: What `min_delta_to_converge` returned.
+
+    Example:
+
+    >>> what_would_converge("val_loss", (0.002, 30))
+    'val_loss still improves, but slowly: `min_delta=0.002` would have unfrozen after epoch 31. '
+    """
+    if found is None:
+        return ""
+    min_delta, epoch = found
+    return (
+        f"{monitor} still improves, but slowly: `min_delta={min_delta:g}` would have unfrozen "
+        f"after epoch {epoch + 1}. "
     )
 
 

@@ -79,3 +79,17 @@ def test_says_it_in_fine_tune_as_in_fit(capsys):
     with pytest.warns(UserWarning, match="still frozen"):
         fine_tune(build(), X, Y, epochs=5, callbacks=[script], **settings)
     assert list(waits(capsys.readouterr().out)) == [3, 4]
+
+
+HAIR = [5, 4, 3, *(3 - 0.001 * n for n in range(1, 22))]
+
+
+@pytest.mark.parametrize("scores", [HAIR, [5 * 0.7**n for n in range(24)]])
+def test_a_head_that_improves_by_a_hair_is_told_half_way_and_at_the_end(scores, capsys):
+    callback = UnfreezeAtConvergence(monitor="score", mode="min")
+    with pytest.warns(UserWarning, match="still frozen") as warned:
+        build().fit(X, Y, epochs=24, callbacks=[Scripted("score", scores), callback], verbose=2)
+    said = "score still improves, but slowly: `min_delta=0.005` would have unfrozen after epoch 6."
+    half_way = f"Epoch 12: UnfreezeAtConvergence waits, at half of the epochs. {said}"
+    assert any(said in str(one.message) for one in warned) is (scores is HAIR)
+    assert (half_way in capsys.readouterr().out) is (scores is HAIR)

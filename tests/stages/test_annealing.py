@@ -116,13 +116,13 @@ def test_each_rate_has_the_patience_of_fine_tuning():
     assert tried == [0, 0, 0, 1, 1, 2, 2, 2]
 
 
-def test_epochs_of_few_steps_are_as_many_as_twice_the_warm_up():
+def test_the_first_two_rates_have_twice_the_warm_up_where_epochs_have_few_steps():
     stages, first = with_rates([Stage(1, 1e-4), Stage("all", "auto")], keras.optimizers.Adam())
     decisions = Decisions(
         stages, MonitoredValue("score", "min"), fine_tune_patience=3, first_annealed=first
     )
     decisions.least_patience = least_patience(warmup_steps=30, steps=7)
-    assert [decisions.limits(stage)[0] for stage in range(7)] == [3, 3, 9, 9, 9, 9, 9]
+    assert [decisions.limits(stage)[0] for stage in range(7)] == [3, 3, 9, 9, 3, 3, 3]
     decisions.least_patience = least_patience(warmup_steps=30, steps=100)
     assert {decisions.limits(stage)[0] for stage in range(7)} == {3}
     progress = Progress(stage=2, best=BestWeights("min"))

@@ -7,6 +7,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from keras_tl import ConvergenceMonitor
+from keras_tl.stages.convergence import min_delta_to_converge
 from tests.shared import examples
 
 values = st.one_of(
@@ -99,3 +100,36 @@ def test_refuses_bad_arguments(arguments, words):
 
 def test_takes_numpy_numbers():
     assert monitor_epoch([1.0, 2.0], patience=np.int64(1), min_delta=np.float32(0.1)) == 1
+
+
+@given(
+    series=st.lists(st.floats(-3e38, 3e38) | st.integers(0, 50).map(float), max_size=12),
+    mode=st.sampled_from(["min", "max"]),
+    patience=st.integers(1, 3),
+)
+@settings(max_examples=examples(200))
+def test_a_min_delta_that_is_advised_converges_in_the_first_half(series, mode, patience):
+    arguments = {"mode": mode, "patience": patience}
+    found = min_delta_to_converge(series, **arguments)
+    if found is not None:
+        min_delta, epoch = found
+        assert epoch < len(series) // 2
+        assert monitor_epoch(series, min_delta=min_delta, **arguments) == epoch
+        assert min_delta <= abs(series[0]) / 100
+
+
+@pytest.mark.parametrize(
+    ("series", "found"),
+    [
+        ([10 - 1e-4 * n for n in range(40)], (2e-4, 2)),
+        ([10 - 0.03 * n for n in range(20)], (0.1, 2)),
+        ([10 - 0.3 * n for n in range(20)], None),
+        ([0.9**n for n in range(20)], None),
+        ([math.nan] * 9, None),
+        ([1.0, math.inf] * 9, None),
+        ([0.0] * 9, None),
+        ([], None),
+    ],
+)
+def test_the_min_delta_that_would_have_ended_a_slow_series(series, found):
+    assert min_delta_to_converge(series, patience=2) == found

@@ -2,7 +2,12 @@
 
 import pytest
 
-from keras_tl.stages.words import what_next, why_ended, why_still_frozen
+from keras_tl.stages.words import (
+    what_next,
+    what_would_converge,
+    why_ended,
+    why_still_frozen,
+)
 
 
 @pytest.mark.parametrize(
@@ -48,3 +53,11 @@ def test_why_a_run_ended_frozen(stopped, decided, said):
 def test_why_a_run_ended_frozen_that_never_saw_what_it_monitors():
     message = why_still_frozen("loss", 4, stopped=False, decided=False, seen=False)
     assert "loss was never in the logs" in message
+
+
+def test_a_series_that_improves_by_a_hair_is_told_with_what_it_would_have_converged():
+    hint = what_would_converge("loss", (1e-3, 30))
+    message = why_still_frozen("loss", 4, stopped=False, decided=False, hint=hint)
+    assert "(patience=4). loss still improves, but slowly: `min_delta=0.001` would" in message
+    assert "unfrozen after epoch 31. Pass more" in message
+    assert what_would_converge("loss", None) == ""
