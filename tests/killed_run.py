@@ -23,7 +23,7 @@ from keras_tl.backup import snapshots as backup
 from keras_tl.backup import temporary_folders
 from keras_tl.stages import switching
 from tests import models
-from tests.conftest import regression_data, values_of
+from tests.shared import regression_data, values_of
 
 PLACES = {
     "write": (backup.os, "fsync"),

@@ -6,7 +6,7 @@ import pytest
 
 from keras_tl import FreezeGuard, FrozenBackbone, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import Recorder, as_bytes, slow_on
+from tests.shared import Recorder, as_bytes, slow_on
 
 LAYERS = keras.layers
 BACKEND = keras.backend.backend()

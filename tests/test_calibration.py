@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_tl import FrozenBackbone, scale_temperature
 from tests import models
-from tests.conftest import values_of
+from tests.shared import values_of
 
 pytestmark = pytest.mark.eager
 ACTIVATIONS = [("linear", 3), ("softmax", 3), ("linear", 1), ("sigmoid", 1)]

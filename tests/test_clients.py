@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_tl import FreezeGuard, FrozenBackbone, UnfreezeAtConvergence
-from tests.conftest import only_on
+from tests.shared import only_on
 
 pytestmark = [
     pytest.mark.clients,

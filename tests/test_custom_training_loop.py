@@ -11,7 +11,7 @@ from keras_tl import (
     renew_optimizer,
 )
 from tests import models
-from tests.conftest import Recorder, only_on, regression_data, values_of
+from tests.shared import Recorder, only_on, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: your own training loop")
 

@@ -7,7 +7,7 @@ import textwrap
 
 import pytest
 
-from tests.conftest import only_on
+from tests.shared import only_on
 
 pytestmark = [
     only_on("tensorflow", "MirroredStrategy is TensorFlow's."),
@@ -20,7 +20,7 @@ PREPARATION = """
     from keras_tl import FreezeGuard, FrozenBackbone, FrozenWeightsChangedError
     from keras_tl import GroupOptimizer, StaleCompileError, UnfreezeAtConvergence
     from tests import models
-    from tests.conftest import as_bytes, regression_data
+    from tests.shared import as_bytes, regression_data
 
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
@@ -35,7 +35,7 @@ PREPARATION = """
 # What breaks first, in one process: to start one takes longer than all that it trains.
 ALL_IN_ONE = """
     from keras_tl import FeatureCache, Stage
-    from tests.conftest import Recorder, Scripted, values_of
+    from tests.shared import Recorder, Scripted, values_of
 
     kernel = wrapper.backbone.weights[0]
     replicas = kernel.value.values

@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from keras_tl import FrozenBackbone, unwrap
-from tests.conftest import only_on
+from tests.shared import only_on
 
 pytestmark = only_on("tensorflow", "Keras exports to these formats from TensorFlow's graph.")
 

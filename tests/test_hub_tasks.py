@@ -7,7 +7,7 @@ import pytest
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, unwrap
 from keras_tl.backbone.freezing import count_params
 from tests.backbone.test_hub_blocks import IMAGE, TABLE
-from tests.conftest import as_bytes, slow_on
+from tests.shared import as_bytes, slow_on
 
 hub = pytest.importorskip("keras_hub").models
 pytestmark = pytest.mark.clients

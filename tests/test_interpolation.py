@@ -6,7 +6,7 @@ import pytest
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, fine_tune, interpolate_weights
 from tests import models
-from tests.conftest import Recorder, Scripted, forget_compiled, regression_data, values_of
+from tests.shared import Recorder, Scripted, forget_compiled, regression_data, values_of
 
 X, Y = regression_data()
 

@@ -11,7 +11,6 @@ import time
 import numpy as np
 import pytest
 
-from tests.conftest import only_on
 from tests.distributed_run import (
     BATCH,
     DIES_IN,
@@ -21,6 +20,7 @@ from tests.distributed_run import (
     PATIENCE,
     SAMPLES,
 )
+from tests.shared import only_on
 
 pytestmark = only_on("jax", "keras.distribution trains on JAX.")
 

@@ -6,7 +6,7 @@ import pytest
 
 from keras_tl import FrozenBackbone
 from tests import models
-from tests.conftest import as_bytes, regression_data
+from tests.shared import as_bytes, regression_data
 
 OUTER = [models.functional_outer, models.SubclassedOuter]
 

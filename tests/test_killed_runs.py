@@ -11,7 +11,7 @@ import time
 import pytest
 
 from tests import killed_run
-from tests.conftest import only_on
+from tests.shared import only_on
 
 pytestmark = only_on("tensorflow", "Files are written alike on every backend.")
 

@@ -13,7 +13,7 @@ import pytest
 
 from keras_tl import FreezeGuard, FrozenBackbone, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 FITS, WARM = 200, 20
 

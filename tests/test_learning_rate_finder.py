@@ -20,7 +20,7 @@ from keras_tl import (
 )
 from keras_tl.learning_rate_finder import LearningRateRange
 from tests import models, strategies
-from tests.conftest import as_bytes, examples, regression_data, values_of
+from tests.shared import as_bytes, examples, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: find_learning_rate")
 
@@ -206,7 +206,6 @@ def test_smoothing_is_an_average_without_bias():
         np.testing.assert_allclose(found.smoothed_losses[count - 1], expected, rtol=1e-6)
 
 
-@pytest.mark.eager
 def test_ends_when_the_loss_diverges():
     keras.utils.set_random_seed(0)
     model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(1)])

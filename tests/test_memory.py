@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, fine_tune, memory_report
 from tests import models
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 LAYERS = keras.layers
 pytestmark = pytest.mark.eager

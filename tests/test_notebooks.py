@@ -12,7 +12,7 @@ from keras_tl import (
     UnfreezeAtConvergence,
     trainable_report,
 )
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 X, Y = regression_data()
 

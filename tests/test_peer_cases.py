@@ -60,7 +60,7 @@ from keras_tl import (
 )
 from keras_tl import layerwise_learning_rates as rates_by_layer
 from tests import models
-from tests.conftest import as_bytes, regression_data, values_of
+from tests.shared import as_bytes, regression_data, values_of
 
 X, Y = regression_data()
 

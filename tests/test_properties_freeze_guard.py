@@ -18,7 +18,7 @@ from keras_tl import (
 )
 from keras_tl.backbone.changeable import constant_weights
 from tests import models, strategies
-from tests.conftest import as_bytes, examples, only_on, regression_data
+from tests.shared import as_bytes, examples, only_on, regression_data
 
 BATCHES = 4
 

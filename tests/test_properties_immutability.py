@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from tests import models, strategies
-from tests.conftest import as_bytes, examples, regression_data, seeded_dropout, values_of
+from tests.shared import as_bytes, examples, regression_data, seeded_dropout, values_of
 
 eagerly = st.sampled_from([True, True, True, False])
 

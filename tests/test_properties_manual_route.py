@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
 from tests import models, strategies
-from tests.conftest import Recorder, examples, regression_data, seeded_dropout, values_of
+from tests.shared import Recorder, examples, regression_data, seeded_dropout, values_of
 
 EPOCHS = 6
 X, Y = regression_data(24, seed=1)

@@ -10,7 +10,7 @@ import pytest
 import tensorflow as tf
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
-from tests.conftest import Scripted
+from tests.shared import Scripted
 
 ROOT = Path(__file__).parent.parent
 EXAMPLES = ROOT / "examples"

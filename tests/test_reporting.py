@@ -6,7 +6,7 @@ import pytest
 
 from keras_tl import FrozenBackbone, trainable_report
 from tests import models
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 pytestmark = pytest.mark.eager
 

@@ -7,7 +7,7 @@ import pytest
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
 from keras_tl.internals import models as inside_models
 from tests import models
-from tests.conftest import as_bytes, regression_data
+from tests.shared import as_bytes, regression_data
 
 X, Y = regression_data()
 ON_JAX = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import pytest
 from keras_tl import FrozenBackbone, GroupOptimizer, Stage, UnfreezeAtConvergence, unwrap
 from keras_tl.backbone.selecting import flatten_layers
 from tests import models
-from tests.conftest import as_bytes, regression_data
+from tests.shared import as_bytes, regression_data
 
 pytestmark = pytest.mark.eager
 X, Y = regression_data()

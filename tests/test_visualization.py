@@ -18,7 +18,7 @@ from keras_tl import (
 )
 from keras_tl.visualization.axes import COLORS
 from tests import models
-from tests.conftest import Scripted, regression_data
+from tests.shared import Scripted, regression_data
 
 pyplot = pytest.importorskip("matplotlib.pyplot")
 X, Y = regression_data()

@@ -7,7 +7,7 @@ from keras_tl import FrozenBackbone
 from keras_tl.backbone import freezing, paths, selecting
 from keras_tl.backbone.changeable import changeable_weights
 from tests import models, strategies
-from tests.conftest import examples
+from tests.shared import examples
 
 
 def flags(backbone):

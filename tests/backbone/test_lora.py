@@ -8,7 +8,7 @@ import pytest
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
 from keras_tl.backbone import freezing
 from keras_tl.backbone.model_backbones import Backbones
-from tests.conftest import as_bytes, regression_data
+from tests.shared import as_bytes, regression_data
 
 LAYERS = keras.layers
 LORA = ["b/lora_kernel_a", "b/lora_kernel_b"]

@@ -10,7 +10,7 @@ from keras_tl import (
     fine_tune,
 )
 from keras_tl.backbone.model_backbones import Backbones
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 X, Y = regression_data()
 

@@ -16,7 +16,7 @@ from keras_tl.backbone import freezing
 from keras_tl.backbone.model_backbones import Backbones
 from keras_tl.backbone.scales import scale_weights
 from tests import models
-from tests.conftest import Recorder, as_bytes, regression_data
+from tests.shared import Recorder, as_bytes, regression_data
 
 LAYERS = keras.layers
 SCALES = ["a/bias", "norm/gamma", "norm/beta", "b/bias"]

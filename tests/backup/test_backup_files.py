@@ -22,7 +22,7 @@ from tests.callbacks.test_backup_dir import (
     callback,
     fit,
 )
-from tests.conftest import examples, values_of
+from tests.shared import examples, values_of
 
 SETTINGS = {"max_frozen_epochs": 2, "warmup_steps": 20}
 

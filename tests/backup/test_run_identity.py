@@ -18,7 +18,7 @@ from keras_tl.backup import run_identity
 from keras_tl.backup.configurations import plain
 from keras_tl.backup.run_identity import doubt, why_another_run
 from keras_tl.optimizers.groups import group_optimizer
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 X, Y = regression_data(48)
 VALIDATION = (X[:8] + 1, Y[:8])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from keras_tl.backup import snapshots as module
 from keras_tl.backup import temporary_folders
 from keras_tl.backup.snapshots import Backup
-from tests.conftest import examples
+from tests.shared import examples
 
 ARRAYS = {"model": [np.arange(6.0).reshape(2, 3), np.array(3)], "best": []}
 

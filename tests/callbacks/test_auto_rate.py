@@ -11,7 +11,7 @@ from keras_tl.internals.values import on_host
 from keras_tl.stages import switching
 from keras_tl.stages.annealing import warmup_steps
 from tests import models
-from tests.conftest import Recorder, Scripted, forget_compiled, regression_data, values_of
+from tests.shared import Recorder, Scripted, forget_compiled, regression_data, values_of
 
 X, Y = regression_data()
 RATES = [1e-3, 3e-4, 1e-4, 3e-5, 1e-5]
@@ -269,7 +269,7 @@ def test_it_is_the_default_where_nothing_says_otherwise(arguments, rate):
     assert UnfreezeAtConvergence(**arguments).default_rate == rate
 
 
-@pytest.mark.eager
+# Of hundreds of steps: to compile them takes less long.
 @pytest.mark.parametrize("found", [True, False])
 def test_without_any_argument_it_is_found_by_validation_data(found):
     model = build()

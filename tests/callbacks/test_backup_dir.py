@@ -21,7 +21,7 @@ from keras_tl import (
 from keras_tl.backup import snapshots as backup_module
 from keras_tl.stages.training_state import TrainingState
 from tests import models
-from tests.conftest import (
+from tests.shared import (
     SEVERAL_STEPS,
     Recorder,
     examples,

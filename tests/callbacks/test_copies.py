@@ -13,7 +13,7 @@ from keras_tl import (
     layerwise_learning_rates,
 )
 from tests import models
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 pytestmark = pytest.mark.eager
 

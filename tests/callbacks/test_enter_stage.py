@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
-from tests.conftest import as_bytes, regression_data
+from tests.shared import as_bytes, regression_data
 
 X, Y = regression_data()
 pytestmark = pytest.mark.eager

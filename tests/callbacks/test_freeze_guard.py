@@ -19,7 +19,7 @@ from keras_tl import (
     StaleCompileError,
 )
 from tests import models
-from tests.conftest import as_bytes, regression_data
+from tests.shared import as_bytes, regression_data
 
 pytestmark = [pytest.mark.covers("part: FreezeGuard"), pytest.mark.eager]
 

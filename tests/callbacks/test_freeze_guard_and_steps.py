@@ -13,7 +13,7 @@ from keras_tl import (
 )
 from tests import models
 from tests.callbacks.test_freeze_guard import DATA, At, add_one, build, caught, fit
-from tests.conftest import SEVERAL_STEPS, as_bytes, only_on, regression_data
+from tests.shared import SEVERAL_STEPS, as_bytes, only_on, regression_data
 
 pytestmark = pytest.mark.covers("part: FreezeGuard")
 

@@ -14,7 +14,7 @@ from keras_tl import (
 from keras_tl.internals.optimizers import has_settable_rate, without_loss_scale
 from keras_tl.internals.values import on_host
 from tests import models
-from tests.conftest import Recorder, regression_data, values_of
+from tests.shared import Recorder, regression_data, values_of
 
 X, Y = regression_data(8)
 schedules = keras.optimizers.schedules

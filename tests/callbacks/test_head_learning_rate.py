@@ -13,7 +13,7 @@ from keras_tl import (
 from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.optimizers import group_optimizer
 from tests import models
-from tests.conftest import Recorder, as_bytes, regression_data
+from tests.shared import Recorder, as_bytes, regression_data
 
 # Every optimizer that Keras ships; no_change is a rate so low that no float32 weight moves.
 OPTIMIZERS = [

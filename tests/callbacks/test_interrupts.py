@@ -18,7 +18,7 @@ from keras_tl import (
     UnfreezeAtConvergence,
 )
 from tests import models
-from tests.conftest import as_bytes, regression_data, values_of
+from tests.shared import as_bytes, regression_data, values_of
 
 X, Y = regression_data()
 EPOCHS = 4

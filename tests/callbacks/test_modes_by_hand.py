@@ -16,7 +16,7 @@ from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from keras_tl.internals.optimizers import moving_averages
 from keras_tl.internals.values import on_host
 from tests import models
-from tests.conftest import (
+from tests.shared import (
     SEVERAL_STEPS,
     Recorder,
     as_bytes,
@@ -111,7 +111,9 @@ NEEDS = {
 
 
 # What is compiled is the point of these only: on TensorFlow the others are traced in the slow run.
-COMPILED = {"plain", "mixed_float16", "jit_compile=True", "steps_per_execution=4"}
+# A plain step that is compiled: test_properties_manual_route; one in half precision:
+# test_training_modes.
+COMPILED = {"jit_compile=True", "steps_per_execution=4"}
 
 
 def each(modes, slow=()):

@@ -7,7 +7,7 @@ import pytest
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence, fine_tune
 from tests import models
-from tests.conftest import Scripted, regression_data
+from tests.shared import Scripted, regression_data
 
 pytestmark = pytest.mark.eager
 

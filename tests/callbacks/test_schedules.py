@@ -15,7 +15,7 @@ from keras_tl import (
 from keras_tl.optimizers.shifted_schedule import ShiftedSchedule
 from keras_tl.stages import switching
 from tests import models
-from tests.conftest import SEVERAL_STEPS, as_bytes, examples, regression_data, values_of
+from tests.shared import SEVERAL_STEPS, as_bytes, examples, regression_data, values_of
 
 X, Y = regression_data(16)
 schedules = keras.optimizers.schedules

@@ -22,7 +22,7 @@ from keras_tl import (
 from keras_tl.stages import switching
 from keras_tl.stages.transition import Transition
 from tests import models
-from tests.conftest import Recorder, Scripted, as_bytes, examples, regression_data, values_of
+from tests.shared import Recorder, Scripted, as_bytes, examples, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: Stage")
 
@@ -48,12 +48,13 @@ def build(optimizer=None, backbone=None, **compile_arguments):
 
 
 def fit(model, *callbacks, epochs=6, batch_size=16, **arguments):
-    arguments.setdefault("validation_data", (X, Y))
+    # Where nothing monitors it, to validate would be one more step to compile.
+    if any(getattr(one, "monitor", "").startswith("val_") for one in callbacks):
+        arguments |= {"validation_data": (X, Y), "validation_batch_size": len(X)}
     return model.fit(
         X,
         Y,
         batch_size=batch_size,
-        validation_batch_size=len(X),
         epochs=epochs,
         shuffle=False,
         callbacks=list(callbacks),
@@ -68,7 +69,7 @@ fit_in_two_steps = functools.partial(fit, batch_size=8)
 
 def staged(*stages, **arguments):
     settings = {"max_frozen_epochs": 1, "restore_best_weights": False, "verbose": 0}
-    return UnfreezeAtConvergence(stages=stages, **settings | arguments)
+    return UnfreezeAtConvergence(stages=stages, **{"monitor": "loss"} | settings | arguments)
 
 
 def blocks_that_moved(wrapper, records):
@@ -177,7 +178,7 @@ def test_stages_from_plain_data():
 def scripted_stages(callback, values):
     model, _ = build()
     script = Scripted(callback.monitor, values)
-    return fit(model, script, callback, epochs=len(values), validation_data=None)["stage"]
+    return fit(model, script, callback, epochs=len(values))["stage"]
 
 
 def scored(*stages, **arguments):
@@ -451,6 +452,7 @@ def test_regularizers_count_alike_in_all_stages(capsys):
     callback = staged(
         Stage("all", 1e-30, epochs=1),
         Stage("block3.*", 1e-30),
+        monitor="val_loss",
         restore_best_weights=True,
         verbose=1,
     )

@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import (
+from tests.shared import (
     SEVERAL_STEPS,
     Recorder,
     Scripted,

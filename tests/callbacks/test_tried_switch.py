@@ -14,7 +14,7 @@ from keras_tl import (
 from keras_tl.stages import switching
 from keras_tl.stages.staged_model import StagedModel
 from tests import models
-from tests.conftest import Recorder, as_bytes, regression_data, values_of
+from tests.shared import Recorder, as_bytes, regression_data, values_of
 
 X, Y = regression_data()
 TORCH_HAS_NO_TAPE = pytest.mark.skipif(

@@ -10,7 +10,7 @@ import tensorflow as tf
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence, memory_report
 from keras_tl.stages import switching
 from tests import models
-from tests.conftest import Recorder, Scripted, as_bytes, regression_data, values_of
+from tests.shared import Recorder, Scripted, as_bytes, regression_data, values_of
 
 pytestmark = [pytest.mark.covers("part: UnfreezeAtConvergence"), pytest.mark.eager]
 
@@ -43,6 +43,7 @@ def fit(model, *callbacks, epochs=6, **arguments):
 def scripted_fit(model, callback, values, *callbacks, **arguments):
     """Trains for as many epochs as there are values, which are what `callback` monitors."""
     script = Scripted(callback.monitor, values)
+    arguments.setdefault("validation_data", None)
     return fit(model, script, *callbacks, callback, epochs=len(values), **arguments)
 
 

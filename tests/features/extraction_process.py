@@ -9,8 +9,8 @@ import keras
 from keras_tl import FeatureCache, FrozenBackbone
 from keras_tl.features import extraction
 from tests import models
-from tests.conftest import regression_data
 from tests.killed_run import kill_at
+from tests.shared import regression_data
 
 X, Y = regression_data(30)
 

@@ -18,8 +18,8 @@ from keras_tl.features.identity import differences
 from keras_tl.features.source import Samples
 from keras_tl.internals.values import on_host
 from tests import models
-from tests.conftest import examples, regression_data
 from tests.features.conftest import contents
+from tests.shared import examples, regression_data
 
 pytestmark = pytest.mark.eager
 

@@ -8,8 +8,8 @@ import sys
 import numpy as np
 import pytest
 
-from tests.conftest import only_on
 from tests.distributed_run import EPSILON, LEARNING_RATE
+from tests.shared import only_on
 from tests.test_jax_distribution import free_port
 
 pytestmark = only_on("jax", "keras.distribution trains on JAX.")

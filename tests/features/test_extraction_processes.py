@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from tests.conftest import only_on
 from tests.features import extraction_process
+from tests.shared import only_on
 
 pytestmark = only_on("tensorflow", "Files are written alike on every backend.")
 

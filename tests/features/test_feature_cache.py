@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_tl import FeatureCache, FrozenBackbone
 from tests import models
-from tests.conftest import as_bytes, regression_data, values_of
+from tests.shared import as_bytes, regression_data, values_of
 
 pytestmark = [pytest.mark.covers("part: FeatureCache"), pytest.mark.eager]
 

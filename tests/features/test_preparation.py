@@ -17,7 +17,7 @@ from keras_tl import (
 )
 from keras_tl.features.preparation import prepared
 from tests import models
-from tests.conftest import as_bytes
+from tests.shared import as_bytes
 
 WORDS = ["cat", "dog", "sat", "ran"]
 TEXTS = np.array(["cat sat", "dog ran", "cat ran", "dog sat", "cat cat", "ran dog"] * 2)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FeatureCache, FrozenBackbone
 from tests import models, strategies
-from tests.conftest import examples, slow_on, values_of
+from tests.shared import examples, slow_on, values_of
 
 HEADS = {
     "none": (),

@@ -9,7 +9,7 @@ import pytest
 
 from keras_tl import FeatureCache, FrozenBackbone, fine_tune
 from tests import models
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 pytestmark = pytest.mark.eager
 

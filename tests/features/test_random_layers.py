@@ -7,7 +7,7 @@ import tensorflow as tf
 
 from keras_tl import FeatureCache, FrozenBackbone
 from tests import models
-from tests.conftest import only_on, regression_data, values_of
+from tests.shared import only_on, regression_data, values_of
 
 pytestmark = pytest.mark.eager
 

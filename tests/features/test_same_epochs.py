@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_tl.features.same_epochs import check_training_data, check_validation_data
 from keras_tl.features.splitting import UncacheableError
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 X, Y = regression_data(24)
 

@@ -15,7 +15,7 @@ from keras_tl.features.unrolled import Unrolled
 from keras_tl.features.worth import Terms, deepest, judge
 from keras_tl.stages.joint_fits import JointFits
 from tests import models
-from tests.conftest import examples, regression_data, seeded_dropout, values_of
+from tests.shared import examples, regression_data, seeded_dropout, values_of
 
 X, Y = regression_data(16, seed=1)
 VALIDATION = regression_data(8, seed=2)
@@ -184,7 +184,7 @@ def test_moving_averages_come_at_the_end_of_training_only():
     def averaged():
         return build(keras.optimizers.SGD(0.02, use_ema=True, ema_momentum=0.5))
 
-    check_same(averaged, stages=STAGES, restore_best_weights=False)
+    check_same(averaged, epochs=3, stages=STAGES[:2], restore_best_weights=False)
 
 
 @pytest.mark.eager
@@ -199,7 +199,7 @@ def test_a_plain_nested_backbone():
         model.compile(keras.optimizers.Adam(0.02), "mse", metrics=["mae"])
         return model
 
-    check_same(plain, backbone="residual", layers="block2.*", learning_rate=1e-2, epochs=4)
+    check_same(plain, backbone="residual", layers="block2.*", learning_rate=1e-2, epochs=2)
 
 
 @pytest.mark.eager
@@ -212,28 +212,34 @@ def test_a_model_on_the_inputs_of_its_backbone(trained):
         model.compile(keras.optimizers.Adam(0.02), "mse")
         return model
 
-    check_same(on_its_inputs, stages=STAGES[:1], epochs=3)
+    check_same(on_its_inputs, stages=STAGES[:1], epochs=2)
     whole = len(on_its_inputs().weights)
     assert trained == [whole - 18, whole - 12]
 
 
 @pytest.mark.eager
-@pytest.mark.parametrize("interrupted_at", [2, pytest.param(4, marks=pytest.mark.slow)])
-def test_a_run_goes_on_from_its_backup_in_a_recorded_stage(interrupted_at, tmp_path, trained):
+@pytest.mark.parametrize(
+    "interrupted_at, stages, epochs",
+    [(2, STAGES[:2], 4), pytest.param(4, STAGES, 6, marks=pytest.mark.slow)],
+)
+def test_a_run_goes_on_from_its_backup_in_a_recorded_stage(
+    interrupted_at, stages, epochs, tmp_path, trained
+):
     class Interrupt(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
             if epoch == interrupted_at:
                 raise KeyboardInterrupt
 
-    run = {**RUN, "epochs": 6, "max_frozen_epochs": 1, "record": True, "verbose": 0}
+    run = {**RUN, "epochs": epochs, "max_frozen_epochs": 1, "record": True, "verbose": 0}
+    run["stages"] = stages
     undisturbed = build()
-    history = fine_tune(undisturbed, X, Y, stages=STAGES, **run).history
+    history = fine_tune(undisturbed, X, Y, **run).history
     run["backup_dir"] = tmp_path / "backup"
     with pytest.raises(KeyboardInterrupt):
-        fine_tune(build(), X, Y, stages=STAGES, callbacks=Interrupt(), **run)
+        fine_tune(build(), X, Y, callbacks=Interrupt(), **run)
     trained.clear()
     model = build()
-    rest = fine_tune(model, X, Y, stages=STAGES, **run).history
+    rest = fine_tune(model, X, Y, **run).history
     assert rest["loss"] == history["loss"][interrupted_at:]
     assert values_of(model) == values_of(undisturbed)
     assert trained[0] < len(model.weights) or interrupted_at == 4
@@ -241,7 +247,7 @@ def test_a_run_goes_on_from_its_backup_in_a_recorded_stage(interrupted_at, tmp_p
 
 @pytest.mark.eager
 def test_features_of_another_run_are_never_used(tmp_path, batches_extracted):
-    run = {**RUN, "epochs": 3, "max_frozen_epochs": 1, "record": True, "verbose": 0}
+    run = {**RUN, "epochs": 2, "max_frozen_epochs": 1, "record": True, "verbose": 0}
     run |= {"cache_dir": tmp_path, "layers": "block2.*", "learning_rate": 1e-2}
     first = fine_tune(build(), X, Y, **run).history
     batches_extracted.clear()
@@ -347,24 +353,32 @@ def test_a_cache_of_a_model_of_which_nothing_before_the_rest_is_frozen():
         FeatureCache(model)
 
 
-def mobile_net(layers):
+@functools.cache
+def whole_mobile_net():
+    """Made once: it takes longer than all that is judged of it."""
     base = keras.applications.MobileNetV2((64, 64, 3), include_top=False, weights=None)
     wrapper = FrozenBackbone(base)
     inputs = keras.Input((64, 64, 3))
     x = keras.layers.GlobalAveragePooling2D()(wrapper(inputs))
-    wrapper.unfreeze(layers)
     return keras.Model(inputs, keras.layers.Dense(1)(x))
 
 
-def test_maps_larger_than_the_images_are_not_recorded():
-    late, early = (mobile_net(layers) for layers in ("block_16.*", "block_.*"))
-    for always in (False, True):
-        terms = Terms(always=always, **EVER)
-        assert judge(Unrolled(late), (), terms, random=False).cut.name == '"block_15_add"'
-        verdict = judge(Unrolled(early), (), terms, random=False)
-        assert (verdict.cut is not None) == always
-    terms = Terms(always=False, **EVER)
-    assert "larger than the input" in judge(Unrolled(early), (), terms, random=False).why
+def mobile_net(layers):
+    model = whole_mobile_net()
+    wrapper = models.frozen_backbone_of(model)
+    wrapper.freeze()
+    wrapper.unfreeze(layers)
+    return model
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_maps_larger_than_the_images_are_not_recorded(always):
+    terms = Terms(always=always, **EVER)
+    late = judge(Unrolled(mobile_net("block_16.*")), (), terms, random=False)
+    assert late.cut.name == '"block_15_add"'
+    early = judge(Unrolled(mobile_net("block_.*")), (), terms, random=False)
+    assert (early.cut is not None) == always
+    assert always or "larger than the input" in early.why
 
 
 @pytest.mark.parametrize(
@@ -381,7 +395,7 @@ def test_what_is_not_worth_it_is_said(changed, why):
 @pytest.mark.eager
 @pytest.mark.parametrize("record, stages", [(True, 2), (False, 0)])
 def test_record_says_whether(record, stages, trained, batches_extracted, capsys):
-    run = {**RUN, "epochs": 3, "max_frozen_epochs": 1, "layers": "block2.*", "record": record}
+    run = {**RUN, "epochs": 2, "max_frozen_epochs": 1, "layers": "block2.*", "record": record}
     model = build()
     fine_tune(model, X, Y, learning_rate=1e-2, verbose=2, **run)
     assert len(batches_extracted) == 3 * stages
@@ -391,7 +405,7 @@ def test_record_says_whether(record, stages, trained, batches_extracted, capsys)
 
 @pytest.mark.eager
 def test_bytes_that_may_not_be_kept_are_not(batches_extracted, capsys):
-    run = {**RUN, "epochs": 3, "max_frozen_epochs": 1, "layers": "block2.*", "record": True}
+    run = {**RUN, "epochs": 2, "max_frozen_epochs": 1, "layers": "block2.*", "record": True}
     fine_tune(build(), X, Y, learning_rate=1e-2, max_bytes=383, verbose=2, **run)
     printed = capsys.readouterr().out
     assert batches_extracted == []
@@ -410,7 +424,7 @@ def test_bad_settings(argument):
 
 @pytest.mark.eager
 def test_half_precision_features_train_nearly_as_well():
-    run = {**RUN, "epochs": 3, "max_frozen_epochs": 1, "record": True, "verbose": 0}
+    run = {**RUN, "epochs": 2, "max_frozen_epochs": 1, "record": True, "verbose": 0}
     run |= {"layers": "block2.*", "learning_rate": 1e-2}
     whole, half = (fine_tune(build(), X, Y, dtype=d, **run).history for d in (None, "bfloat16"))
     assert whole["val_loss"] != half["val_loss"]
@@ -440,12 +454,13 @@ def test_what_no_later_stage_needs_is_freed():
 
     feature_cache.RecordReader = Reader
     try:
-        run = {**RUN, "epochs": 5, "max_frozen_epochs": 1, "record": True, "verbose": 0}
-        fine_tune(build(), X, Y, stages=[Stage(**one) for one in STAGES], callbacks=Kept(), **run)
+        run = {**RUN, "epochs": 4, "max_frozen_epochs": 1, "record": True, "verbose": 0}
+        stages = [Stage(**one) for one in STAGES[1:]]
+        fine_tune(build(), X, Y, stages=stages, callbacks=Kept(), **run)
     finally:
         feature_cache.RecordReader = original
     # Features to train and to validate on, of one stage at a time, and none in the last one.
-    assert [len(one) for one in kept] == [2, 2, 2, 2, 0]
+    assert [len(one) for one in kept] == [2, 2, 2, 0]
     assert not any(one.samples_in_memory for one in readers)
 
 

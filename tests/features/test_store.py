@@ -17,8 +17,8 @@ from keras_tl.features import extraction, feature_cache, record_reader, whole_fi
 from keras_tl.features.disk_store import _header_of
 from keras_tl.features.manifest import Manifest
 from keras_tl.features.sealed import sealed, unsealed
-from tests.conftest import examples, regression_data
 from tests.features.conftest import contents
+from tests.shared import examples, regression_data
 
 pytestmark = [pytest.mark.eager, pytest.mark.usefixtures("small_shards")]
 

@@ -9,8 +9,8 @@ import tensorflow as tf
 
 from keras_tl import FeatureCache, StaleCacheError
 from tests import models
-from tests.conftest import regression_data
 from tests.features.conftest import contents
+from tests.shared import regression_data
 
 pytestmark = [pytest.mark.eager, pytest.mark.usefixtures("small_shards")]
 

@@ -8,7 +8,7 @@ import tensorflow as tf
 from keras_tl import FeatureCache, FrozenBackbone, StaleCacheError
 from keras_tl.features import extraction
 from tests import models
-from tests.conftest import only_on, regression_data
+from tests.shared import only_on, regression_data
 
 pytestmark = pytest.mark.eager
 

@@ -6,7 +6,7 @@ import pytest
 
 from keras_tl import FreezeGuard, FrozenWeightsChangedError, StaleCompileError
 from keras_tl.guard.diagnosis import stale_compile
-from tests.conftest import only_on, regression_data
+from tests.shared import only_on, regression_data
 
 OWN_STEP = only_on("tensorflow", "A step of one's own is written for one backend.")
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from keras_tl.guard.fingerprints import Fingerprints
 from keras_tl.internals.values import on_host
-from tests.conftest import examples
+from tests.shared import examples
 
 DTYPES = ["float32", "float16", "bfloat16", "int8", "int32", "bool"]
 if keras.backend.backend() != "jax":

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from keras_tl.guard.watch import WeightWatch
-from tests.conftest import as_bytes
+from tests.shared import as_bytes
 
 
 def dense():

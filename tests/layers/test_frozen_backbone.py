@@ -6,7 +6,7 @@ import pytest
 
 from keras_tl import FrozenBackbone
 from tests import models
-from tests.conftest import Recorder, as_bytes, regression_data, values_of
+from tests.shared import Recorder, as_bytes, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: FrozenBackbone")
 

@@ -9,7 +9,7 @@ import pytest
 
 from keras_tl import FeatureCache, FrozenBackbone, fine_tune
 from tests import models
-from tests.conftest import as_bytes, regression_data, values_of
+from tests.shared import as_bytes, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: FrozenBackbone")
 

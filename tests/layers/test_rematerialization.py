@@ -8,7 +8,7 @@ import pytest
 
 from keras_tl import FreezeGuard, FrozenBackbone, UnfreezeAtConvergence, unwrap
 from tests import models
-from tests.conftest import as_bytes, only_on, regression_data
+from tests.shared import as_bytes, only_on, regression_data
 
 LAYERS = keras.layers
 BACKEND = keras.backend.backend()

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone
 from tests import models, strategies
-from tests.conftest import examples, regression_data, values_of
+from tests.shared import examples, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: FrozenBackbone")
 

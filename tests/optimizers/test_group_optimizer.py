@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, GroupOptimizer
 from tests import models
-from tests.conftest import (
+from tests.shared import (
     SEVERAL_STEPS,
     as_bytes,
     examples,
@@ -134,14 +134,9 @@ def grouped(backbone, rates=(1e-3, 1e-2), **arguments):
     return GroupOptimizer(groups, assign={"backbone": backbone}, **arguments)
 
 
-def fit(model, *callbacks, epochs=2):
+def fit(model, *callbacks, epochs=2, **arguments):
     return model.fit(
-        DATA,
-        epochs=epochs,
-        shuffle=False,
-        validation_data=DATA,
-        callbacks=list(callbacks),
-        verbose=0,
+        DATA, epochs=epochs, shuffle=False, callbacks=list(callbacks), verbose=0, **arguments
     ).history
 
 
@@ -157,7 +152,6 @@ def fit(model, *callbacks, epochs=2):
     ],
 )
 def test_groups_of_one_kind_train_as_one_optimizer(arguments):
-    # Without validation data, of which the step would be compiled too.
     single, _ = build(keras.optimizers.Adam(0.01), **arguments)
     single.fit(DATA, epochs=2, verbose=0)
     keras.utils.set_random_seed(0)
@@ -323,7 +317,7 @@ def test_a_learning_rate_scheduler_keeps_the_ratio(callback):
 def test_reduce_on_plateau_keeps_the_ratio():
     model, _ = build()
     reduce = keras.callbacks.ReduceLROnPlateau(monitor="val_loss", min_delta=1e9, patience=1)
-    fit(model, reduce, epochs=3)
+    fit(model, reduce, epochs=3, validation_data=DATA)
     np.testing.assert_allclose(rates_of(model.optimizer), [1e-5, 1e-4], rtol=1e-5)
 
 
@@ -342,9 +336,9 @@ def averaging(momenta):
 @pytest.mark.eager
 def test_swapping_averages():
     model = averaging((0.5, 0.5))
-    fit(model, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
+    fit(model, keras.callbacks.SwapEMAWeights(swap_on_epoch=True), validation_data=DATA)
     single, _ = build(keras.optimizers.SGD(0.01, use_ema=True, ema_momentum=0.5))
-    fit(single, keras.callbacks.SwapEMAWeights(swap_on_epoch=True))
+    fit(single, keras.callbacks.SwapEMAWeights(swap_on_epoch=True), validation_data=DATA)
     assert values_of(model) == values_of(single)
 
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, GroupOptimizer, layerwise_learning_rates
 from keras_tl.optimizers.learning_rates import LayerwiseLearningRates
-from tests.conftest import SEVERAL_STEPS, as_bytes, examples, regression_data, slow_on, values_of
 from tests.optimizers.test_group_optimizer import OPTIMIZERS, SETTINGS
+from tests.shared import SEVERAL_STEPS, as_bytes, examples, regression_data, slow_on, values_of
 
 pytestmark = pytest.mark.covers("part: layerwise_learning_rates")
 

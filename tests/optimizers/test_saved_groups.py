@@ -7,7 +7,7 @@ import pytest
 
 from keras_tl import FrozenBackbone, GroupOptimizer, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import regression_data, values_of
+from tests.shared import regression_data, values_of
 
 # What is compiled is not the point: which group a variable is in, is.
 pytestmark = pytest.mark.eager

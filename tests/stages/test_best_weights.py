@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from keras_tl.stages.best_weights import BestWeights, Snapshot
-from tests.conftest import as_bytes, examples
+from tests.shared import as_bytes, examples
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from keras_tl import ConvergenceMonitor
 from keras_tl.stages.convergence import min_delta_to_converge
-from tests.conftest import examples
+from tests.shared import examples
 
 values = st.one_of(
     st.sampled_from([0.0, -0.0, 0.5, 1.0, math.nan, math.inf, -math.inf]),

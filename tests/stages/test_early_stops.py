@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import Scripted, examples, regression_data
+from tests.shared import Scripted, examples, regression_data
 
 X, Y = regression_data(8)
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence
 from keras_tl.stages import switching
 from tests import models, strategies
-from tests.conftest import examples, regression_data
+from tests.shared import examples, regression_data
 
 X, Y = regression_data(16, seed=1)
 VALIDATION = regression_data(16, seed=2)

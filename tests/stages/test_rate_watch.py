@@ -8,7 +8,7 @@ import pytest
 
 from keras_tl import FrozenBackbone, GroupOptimizer, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import SEVERAL_STEPS, regression_data
+from tests.shared import SEVERAL_STEPS, regression_data
 
 X, Y = regression_data(8)
 schedules = keras.optimizers.schedules
@@ -42,11 +42,11 @@ def build(optimizer=None, **compile_arguments):
 
 
 def ours(learning_rate=1e-5, **arguments):
-    settings = {"monitor": "loss", "max_frozen_epochs": 2, "verbose": 0}
+    settings = {"monitor": "loss", "max_frozen_epochs": 1, "verbose": 0}
     return UnfreezeAtConvergence(learning_rate, **settings | arguments)
 
 
-def fit(model, *callbacks, epochs=4):
+def fit(model, *callbacks, epochs=3):
     """Returns the warnings about learning rates, and the History."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -72,7 +72,7 @@ def test_a_callback_that_sets_a_higher_rate_is_named_once(hook, order):
     said, _ = fit(build(), Logger(), *callbacks, Logger())
     assert len(said) == 1
     # One before ours, at an epoch's begin, comes before the switch there.
-    epoch = 4 if (hook, order) == ("on_epoch_begin", "before") else 3
+    epoch = 3 if (hook, order) == ("on_epoch_begin", "before") else 2
     assert f"Cyclical has set the learning rate to 0.005 in epoch {epoch}, which" in said[0]
     assert "set to 1e-05" in said[0]
 
@@ -80,7 +80,7 @@ def test_a_callback_that_sets_a_higher_rate_is_named_once(hook, order):
 def test_at_an_epochs_end_it_is_noticed_before_the_next_steps():
     said, _ = fit(build(), ours(), Cyclical("on_epoch_end"))
     assert len(said) == 1
-    assert said[0].startswith("Cyclical has set the learning rate to 0.005 in epoch 3")
+    assert said[0].startswith("Cyclical has set the learning rate to 0.005 in epoch 2")
 
 
 def test_a_rate_that_is_low_at_each_epochs_end_is_noticed_in_its_steps():
@@ -88,7 +88,7 @@ def test_a_rate_that_is_low_at_each_epochs_end_is_noticed_in_its_steps():
     said, history = fit(build(), ours(), cycle)
     np.testing.assert_allclose(history["learning_rate"], 1e-6, rtol=1e-5)
     assert len(said) == 1
-    assert said[0].startswith("Cyclical has set the learning rate to 0.01 in epoch 3")
+    assert said[0].startswith("Cyclical has set the learning rate to 0.01 in epoch 2")
 
 
 def test_where_it_is_not_seen_who_did_it_all_that_could_are_named():
@@ -99,7 +99,7 @@ def test_where_it_is_not_seen_who_did_it_all_that_could_are_named():
 
     said, _ = fit(build(), Logger(), Once(), ours())
     assert len(said) == 1
-    assert said[0].startswith("One of Logger, Once has set the learning rate to 0.01 in epoch 3")
+    assert said[0].startswith("One of Logger, Once has set the learning rate to 0.01 in epoch 2")
 
 
 def test_what_no_callback_did_is_noticed_at_the_epochs_end():
@@ -120,7 +120,7 @@ def test_what_no_callback_did_is_noticed_at_the_epochs_end():
     "fine",
     [
         lambda: Cyclical(rate=lambda batch: 1e-5 if batch % 2 else 1e-6),
-        lambda: keras.callbacks.ReduceLROnPlateau("loss", patience=2, factor=0.5, min_delta=9.0),
+        lambda: keras.callbacks.ReduceLROnPlateau("loss", patience=1, factor=0.5, min_delta=9.0),
         lambda: keras.callbacks.LearningRateScheduler(lambda epoch, rate: 0.5 * rate),
         Logger,
     ],
@@ -153,7 +153,7 @@ def test_in_a_resumed_run(tmp_path):
         pass
 
     def kill(epoch, logs):
-        if epoch == 3:
+        if epoch == 2:
             raise Killed
 
     with pytest.raises(Killed):

@@ -18,7 +18,7 @@ from keras_tl.internals.models import compiled_state
 from keras_tl.internals.optimizers import moving_averages
 from keras_tl.stages import switching
 from tests import models, strategies
-from tests.conftest import as_bytes, examples, regression_data
+from tests.shared import as_bytes, examples, regression_data
 
 
 def compiled_model(optimizer="adam", **compile_arguments):

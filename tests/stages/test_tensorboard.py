@@ -6,7 +6,7 @@ import tensorflow as tf
 
 from keras_tl import FrozenBackbone, UnfreezeAtConvergence
 from tests import models
-from tests.conftest import regression_data
+from tests.shared import regression_data
 
 accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
 
