@@ -71,10 +71,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             two lower ones that have not. If `"val_loss"` judges, a classifier whose head is too
             sure is calibrated before the first rate, as by `scale_temperature`, where that lowers
             `val_loss` by a tenth or more: a model that is only less sure does not pass for a better
-            one. What it predicts as most likely stays the same. Defaults to `None`: that of `optimizer`, or those of the
-            model's own `GroupOptimizer`; else `"auto"` where fine-tuning is judged on validation
-            data (`monitor` begins with `"val_"`) and neither `stages`, `head_learning_rate`,
-            `fine_tune_patience=None` nor `restore_best_weights=False` is given; else `1e-5`.
+            one. What it predicts as most likely stays the same. Defaults to `None`: that of
+            `optimizer`, or those of the model's own `GroupOptimizer`; else `"auto"` where
+            fine-tuning is judged on validation data (`monitor` begins with `"val_"`) and neither
+            `stages`, `head_learning_rate`, `fine_tune_patience=None` nor
+            `restore_best_weights=False` is given; else `1e-5`.
         backbone: The layer, model or list of layers to unfreeze; their names in the model (of
             nested ones `outer/inner`); or a function of the model that returns them. Names and
             functions also serve where the model is made later, as in a KerasTuner search. Defaults

@@ -8,7 +8,7 @@ from keras_tl import FreezeGuard, FrozenBackbone, UnfreezeAtConvergence, fine_tu
 from keras_tl.internals.values import on_host
 from keras_tl.stages import calibrating, training_state
 from tests import models
-from tests.conftest import values_of
+from tests.shared import values_of
 from tests.test_calibration import noisy_classes
 
 pytestmark = pytest.mark.eager
