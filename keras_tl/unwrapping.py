@@ -49,9 +49,9 @@ def unwrap(model: keras.Model, *, flatten: bool = False) -> keras.Model:
         A model with weights of its own, compiled if `model` is.
 
     Raises:
-        ValueError: If the model is not built, a layer cannot be made again from its configuration,
-            or the model is to be flattened and is not Functional or Sequential, or two layers then
-            have one name.
+        ValueError: If it is no model or is not built, a layer cannot be made again from its
+            configuration, or the model is to be flattened and is not Functional or Sequential, or
+            two layers then have one name.
 
     Example:
 
@@ -60,6 +60,8 @@ def unwrap(model: keras.Model, *, flatten: bool = False) -> keras.Model:
     >>> [layer.name for layer in unwrap(model, flatten=True).layers[1:]]
     ['features', 'head']
     """
+    if not isinstance(model, keras.Model):
+        raise ValueError(f"`unwrap` takes a `keras.Model`. Received: {model!r}.")
     if not model.built:
         raise ValueError(
             f'The model "{model.name}" is not built, so it has no weights to return. Call it on a '

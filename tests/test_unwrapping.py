@@ -196,6 +196,8 @@ def test_weights_go_both_ways(tmp_path):
 
 
 def test_what_cannot_be_unwrapped():
+    with pytest.raises(ValueError, match="takes a `keras.Model`. Received: <Dense"):
+        unwrap(keras.layers.Dense(1))
     with pytest.raises(ValueError, match="is not built"):
         unwrap(models.SubclassedOuter(FrozenBackbone(models.Subclassed(["dense"]))))
     with pytest.raises(ValueError, match="needs a Functional or Sequential model"):

@@ -248,7 +248,7 @@ def test_a_history_of_several_fits_does_not_know_its_epochs():
     ("history", "metrics", "message"),
     [
         ({}, None, "draws the `History`"),
-        (UnfreezeAtConvergence(), None, "draws the `History`"),
+        (UnfreezeAtConvergence(), None, "with which no `fit` has run"),
         ({"loss": [1.0]}, ["acuracy"], "which are loss. Received: .*acuracy"),
         ({"stage": [0, 1]}, None, "`metrics` must name quantities"),
     ],

@@ -84,13 +84,15 @@ def plot_stages(
 
 def _logs_of(history: Any) -> tuple[Mapping[str, Sequence[float]], list[int]]:
     """Returns the logs and the epochs that they are of, counted from 1."""
+    given = history
     if isinstance(history, UnfreezeAtConvergence):
         history = history.history
     logs = history.history if isinstance(history, keras.callbacks.History) else history
     if not isinstance(logs, Mapping) or not logs:
+        unused = ", with which no `fit` has run" if given is not history else ""
         raise ValueError(
             "`plot_stages` draws the `History` that `fit` returned, its `history` dictionary, or "
-            f"the `UnfreezeAtConvergence` after `fit`. Received: {history!r}."
+            f"the `UnfreezeAtConvergence` after `fit`. Received: {given!r}{unused}."
         )
     count = max(len(values) for values in logs.values())
     if not isinstance(history, keras.callbacks.History):
