@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -9,6 +10,7 @@ import keras
 
 from keras_tl.backbone.freezing import without
 from keras_tl.calibration import last_layer, scale_temperature
+from keras_tl.internals.graphs import graph_outputs
 from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.internals.processes import process_count
 from keras_tl.internals.randomness import random_state
@@ -59,11 +61,19 @@ def calibrate(
         return None
     restore_random_state = random_state()  # On torch, to read data draws from it.
     weights = Snapshot(last_layer(model).weights)
-    done = _calibrated(model, data)
-    if done is None:
-        weights.restore()
-    model.reset_metrics()  # An epoch begins.
-    restore_random_state()
+    done = None
+    try:
+        done = _calibrated(model, data)
+    except Exception as error:  # noqa: BLE001  The switch is done, and training can go on.
+        warnings.warn(
+            f"UnfreezeAtConvergence did not calibrate the head: {type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+    finally:
+        if done is None:
+            weights.restore()
+        model.reset_metrics()  # An epoch begins.
+        restore_random_state()
     return done
 
 
@@ -92,5 +102,5 @@ def _may_scale(model: keras.Model, trained: Sequence[keras.Variable]) -> bool:
         return False
     bound = layer.kernel_constraint or layer.bias_constraint or layer.lora_enabled
     # Of one prediction a sample: those of each word of a text would not fit in memory.
-    plain = len(layer.output.shape) == 2
+    plain = len(keras.tree.flatten(graph_outputs(model))[0].shape) == 2
     return plain and not bound and not without(layer.weights, trained)

@@ -147,3 +147,38 @@ def test_a_run_that_is_resumed_after_it_ends_with_the_same_weights(tmp_path):
     callback = UnfreezeAtConvergence("auto", max_frozen_epochs=1, verbose=0, **kept)
     resumed.fit(X, Y, callbacks=callback, **RUN)
     assert values_of(resumed) == values_of(whole)
+
+
+def test_what_fails_in_it_is_warned_of_and_the_run_goes_on(monkeypatch):
+    def fails(*_):
+        last = model.get_layer("last")
+        last.kernel.assign(last.kernel / 2)
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(calibrating, "scale_temperature", fails)
+    model = build()
+    with pytest.warns(UserWarning, match="did not calibrate the head: RuntimeError: out of memory"):
+        kernel, history, _ = switched(model)
+    np.testing.assert_array_equal(kernel, 8 * np.eye(models.FEATURES, 3))
+    assert history["stage"] == [0, 1, 1]
+
+
+def test_a_layer_that_is_called_several_times_may_be_the_last():
+    model = build()
+    inputs = keras.Input((models.FEATURES,))
+    model(inputs)
+    last = model.get_layer("last")
+    last(keras.Input((models.FEATURES,)))
+    outer = keras.Model(inputs, last(model.layers[0](inputs)))
+    outer.compile(keras.optimizers.SGD(0.0), model.loss)
+    kernel, *_ = switched(outer)
+    assert 0 < kernel[0, 0] < 4
+
+
+def test_of_predictions_for_each_word_nothing_is_scaled():
+    inputs = keras.Input((5, models.FEATURES))
+    base = keras.layers.Dense(models.FEATURES)
+    model = keras.Model(inputs, keras.layers.Dense(3, name="last")(FrozenBackbone(base)(inputs)))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.0), loss)
+    assert not calibrating._may_scale(model, model.trainable_weights)
