@@ -17,7 +17,7 @@ GUIDE = FOLDER / "guide"
 # distribution run them.
 SHOWS = {
     "cached_features": r"features: [\d.]+ s \(\d+x\)(.|\n)*stages of the epochs: \[0, 0, 1, 1\]",
-    "cats_vs_dogs": r"unfreezes \"xception\"(.|\n)*bit for bit\.\n(.|\n)*accuracy on test: 0\.\d+",
+    "cats_vs_dogs": r"unfreezes \"xception\"(.|\n)*They are BatchNorm(.|\n)*on test: 0\.\d+",
     "custom_training_loop": r"2 layers join\n(.|\n)*bit for bit\naccuracy on held-out",
     "extract_with_ray": r"first worker died: \[0\]\n(.|\n)*of all workers: 3",
     "gradual_unfreezing": r"by hand\n(.|\n)*: block1_conv\n(.|\n)*, backbone_3 9e-05 to 0\.001\)",
