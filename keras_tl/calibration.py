@@ -71,7 +71,7 @@ def scale_temperature(
 
     - Guo et al., 2017, "On Calibration of Modern Neural Networks"
     """
-    layer, loss = last_layer(model), _loss(model)
+    layer, loss = layer_and_loss(model)
     data = prepared(model, x, y, batch_size=batch_size, training=False)
     dataset, _, close = batches_of(*data, batch_size, None)
     try:
@@ -96,13 +96,19 @@ def scale_temperature(
     return temperature
 
 
-def last_layer(model: keras.Model) -> keras.layers.Dense:
-    """Returns the layer whose logits are a classifier's, or raises a ValueError.
+def layer_and_loss(model: keras.Model) -> tuple[keras.layers.Dense, Callable[[Any, Any], Any]]:
+    """Returns the layer that a classifier's logits come from, and its crossentropy.
 
     Args:
         model: A model.
+
+    Raises:
+        ValueError: If it does not end in such a layer, or is not compiled with such a loss.
     """
-    _loss(model)
+    return _last_layer(model), _loss(model)
+
+
+def _last_layer(model: keras.Model) -> keras.layers.Dense:
     layer: Any = model
     while graph_of(layer) is not None:
         outputs = keras.tree.flatten(graph_outputs(layer))

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_tl.backbone.freezing import without
-from keras_tl.calibration import last_layer, scale_temperature
+from keras_tl.calibration import layer_and_loss, scale_temperature
 from keras_tl.internals.graphs import graph_outputs
 from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.internals.processes import process_count
@@ -57,13 +57,15 @@ def calibrate(
         `scale_temperature` takes it, has no validation data that can be read again, its validation
         loss would fall by less than a tenth, or the temperature is 10 or more.
     """
-    if held_out_data(data) is None or not _may_scale(model, trained):
+    layer = _layer_to_scale(model, trained)
+    held_out = held_out_data(data)
+    if layer is None or held_out is None:
         return None
     restore_random_state = random_state()  # On torch, to read data draws from it.
-    weights = Snapshot(last_layer(model).weights)
+    weights = Snapshot(layer.weights)
     done = None
     try:
-        done = _calibrated(model, data)
+        done = _calibrated(model, layer, data, held_out)
     except Exception as error:  # noqa: BLE001  The switch is done, and training can go on.
         warnings.warn(
             f"UnfreezeAtConvergence did not calibrate the head: {type(error).__name__}: {error}",
@@ -77,9 +79,14 @@ def calibrate(
     return done
 
 
-def _calibrated(model: keras.Model, data: Mapping[str, Any]) -> Calibration | None:
+def _calibrated(
+    model: keras.Model,
+    layer: keras.layers.Dense,
+    data: Mapping[str, Any],
+    held_out: tuple[Any, Any, Any],
+) -> Calibration | None:
     """Calibrates a model, and says what that was worth; None where it is to be undone."""
-    x, y, _ = held_out_data(data) or (None, None, None)
+    x, y, _ = held_out
     before = validated(model, data, "val_loss")
     try:
         temperature = scale_temperature(model, x, y)
@@ -89,18 +96,20 @@ def _calibrated(model: keras.Model, data: Mapping[str, Any]) -> Calibration | No
     if before is None or after is None or not 1 < temperature < _MOST:
         return None
     gains = after < (1 - _LEAST_GAIN) * before
-    return Calibration(last_layer(model).name, temperature, before, after) if gains else None
+    return Calibration(layer.name, temperature, before, after) if gains else None
 
 
-def _may_scale(model: keras.Model, trained: Sequence[keras.Variable]) -> bool:
-    """Whether the last layer is a classifier's, of the head, and scaling it breaks nothing."""
+def _layer_to_scale(
+    model: keras.Model, trained: Sequence[keras.Variable]
+) -> keras.layers.Dense | None:
+    """Returns the head's last layer, if it is a classifier's and scaling it breaks nothing."""
     if process_count() > 1 or without_loss_scale(model.optimizer).use_ema:
-        return False
+        return None
     try:
-        layer = last_layer(model)
+        layer, _ = layer_and_loss(model)
     except ValueError:
-        return False
+        return None
     bound = layer.kernel_constraint or layer.bias_constraint or layer.lora_enabled
     # Of one prediction a sample: those of each word of a text would not fit in memory.
     plain = len(keras.tree.flatten(graph_outputs(model))[0].shape) == 2
-    return plain and not bound and not without(layer.weights, trained)
+    return layer if plain and not bound and not without(layer.weights, trained) else None

@@ -181,4 +181,4 @@ def test_of_predictions_for_each_word_nothing_is_scaled():
     model = keras.Model(inputs, keras.layers.Dense(3, name="last")(FrozenBackbone(base)(inputs)))
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.0), loss)
-    assert not calibrating._may_scale(model, model.trainable_weights)
+    assert calibrating._layer_to_scale(model, model.trainable_weights) is None
