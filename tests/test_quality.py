@@ -3,10 +3,12 @@
 import json
 import types
 
+import keras
 import numpy as np
 import pytest
 
 from tests.benchmarks.quality import __main__ as quality
+from tests.benchmarks.quality import options
 from tests.benchmarks.quality.pairs import Pair
 from tests.benchmarks.quality.ways import OneCycle
 
@@ -78,3 +80,19 @@ def test_a_cycle_rises_and_falls_in_each_group_by_its_own_rate():
     assert head[0] == pytest.approx(0.2) and head[3] == pytest.approx(1.0)
     assert np.argmax(head) == 3 and np.all(np.diff(head[3:]) < 0)
     np.testing.assert_allclose(head, 10 * backbone)
+
+
+def test_l2_sp_pulls_what_has_moved_back_to_where_it_was_at_first():
+    options._starts.clear()
+    weight = keras.Variable(np.ones(2), name="kernel")
+    for moved in (1.0, 3.0):  # Each rate has an optimizer of its own.
+        optimizer = options.TowardsStart(0.01, pull=10.0)
+        optimizer.build([weight])
+        weight.assign(np.full(2, moved))
+        optimizer.apply([np.zeros(2, "float32")])
+        assert np.allclose(weight, moved - 0.1 * (moved - 1.0))
+
+
+def test_parts_of_a_network_are_its_blocks_and_what_is_around_them():
+    layers = ["stem_conv", "block3_expand_conv", "block12_project_conv", "head_conv"]
+    assert [options._part_of(layer) for layer in layers] == ["stem", "block3", "block12", "head"]

@@ -119,6 +119,7 @@ class Transition:
             A string of several lines.
         """
         best = "" if self.value is None else f" (best {self.value:.4g})"
+        changed = self.layers or self.frozen or self.unfrozen_early
         rates = self.group_learning_rates.items()
         groups = ", ".join(f"{name} {_range(*ends)}" for name, ends in rates)
         rate = f"{self.learning_rate_before:.4g} -> {self.learning_rate_after:.4g}"
@@ -130,7 +131,7 @@ class Transition:
             "cannot train": some(self.cannot_train),
             "parameters": _parameters(self.trainable_before, self.trainable_after),
             "learning rate": f"{rate} ({groups})" if groups else rate,
-            "memory": memory,
+            "memory": memory if changed else "",  # Else it is that of the last stage.
             "next": then,
         }
         block = [f"  {label:<15}{text}" for label, text in lines.items() if text]

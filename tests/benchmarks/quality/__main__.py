@@ -27,11 +27,13 @@ import numpy as np
 
 from keras_tl import scale_temperature
 from keras_tl.visualization.axes import COLORS, GRAY
+from tests.benchmarks.quality.options import OPTIONS
 from tests.benchmarks.quality.pairs import PAIRS, MissingError
 from tests.benchmarks.quality.ways import WAYS
 
 FOLDER = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
 
+KNOWN = WAYS | OPTIONS
 _ERRORS = ("calibration", "after_scaling")
 # The ways in the picture, from the top.
 PICTURED = (
@@ -69,7 +71,7 @@ def run(pair, way, rate, seed):
     keras.utils.set_random_seed(seed)
     train, validation, tests = pair.data(seed)
     start, cpu = time.perf_counter(), time.process_time()
-    model = WAYS[way][0](pair, train, validation, rate)
+    model = KNOWN[way][0](pair, train, validation, rate)
     seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     predicted = {name: probabilities(model, x) for name, (x, _) in tests.items()}
     first = next(iter(tests))
@@ -102,7 +104,7 @@ def run_all(names, ways, seeds, path):
             continue
         there = [way for way in ways if way not in pair.without]
         for seed, way in ((seed, way) for seed in range(seeds) for way in there):
-            for rate in WAYS[way][1] or pair.rates:
+            for rate in KNOWN[way][1] or pair.rates:
                 if (name, way, rate, seed) in read(path):
                     continue
                 result = run(pair, way, rate, seed)
@@ -114,7 +116,7 @@ def run_all(names, ways, seeds, path):
 def chosen(results, name):
     """Returns by way the runs that count, one a seed, each with the seconds of all its rates."""
     found = {}
-    for way in WAYS:
+    for way in KNOWN:
         mine = [one for one in results.values() if (one["pair"], one["way"]) == (name, way)]
         for seed in sorted({one["seed"] for one in mine}):
             tried = [one for one in mine if one["seed"] == seed]
@@ -179,7 +181,7 @@ def draw(results, names, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
     parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
-    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
+    parser.add_argument("--ways", nargs="+", choices=KNOWN, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cache", type=pathlib.Path, default=FOLDER / "keras_tl")
     parser.add_argument("--show", action="store_true", help="no new runs")

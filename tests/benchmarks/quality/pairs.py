@@ -126,7 +126,8 @@ def films(cache):
             layer.set_weights([np.concatenate([np.zeros_like(table[:1]), table])])
         return model
 
-    rates, without = (1e-2, 1e-3, 1e-4), ('keras_tl, layers="scales"',)
+    rates = (1e-2, 1e-3, 1e-4)
+    without = ('keras_tl, layers="scales"', "keras_tl, surgical")
     return Pair(data, backbone, keras.layers.GlobalAveragePooling1D, 2, 32, rates, without)
 
 

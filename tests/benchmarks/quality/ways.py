@@ -33,10 +33,10 @@ def everything(pair, train, validation, rate, *, wrapped=False, pretrained=True,
     return model
 
 
-def ours(pair, train, validation, rate, **settings):
+def ours(pair, train, validation, rate, *, optimizer=None, **settings):
     """Trains with `fine_tune`, as it is without any argument but the data and what is said."""
     backbone = FrozenBackbone(pair.backbone(True))
-    model = compiled(pair, train[0], backbone, keras.optimizers.Adam(HEAD_RATE))
+    model = compiled(pair, train[0], backbone, optimizer or keras.optimizers.Adam(HEAD_RATE))
     if rate is not None:
         settings["learning_rate"] = rate
     batches = {"batch_size": pair.batch_size, "verbose": 0}
