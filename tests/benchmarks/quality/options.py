@@ -107,7 +107,7 @@ def _relative_gradients(model, backbone, x, y, batch_size):
     backbone.freeze()
     by_part = {}
     for weight, square in zip(weights, squares, strict=True):
-        norm = float(keras.ops.norm(weight.value))
+        norm = np.linalg.norm(np.ravel(weight))
         part = _part_of(weight.path.split("/")[-2])
         by_part.setdefault(part, []).append(square**0.5 / norm)
     return {part: np.mean(found) for part, found in by_part.items()}
