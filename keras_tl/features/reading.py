@@ -10,6 +10,7 @@ import tensorflow as tf
 
 from keras_tl.features.record_reader import RecordReader
 from keras_tl.features.store import Shard
+from keras_tl.internals.from_generator import dataset_from_generator
 
 
 def positions_of_batches(parts: Sequence[Sequence[Shard]]) -> list[np.ndarray]:
@@ -92,6 +93,6 @@ def dataset_of(
         bounds = tf.data.Dataset.from_tensor_slices((ends[:-1], ends[1:]))
         return bounds.map(lambda begin, end: batch(order, begin, end))
 
-    order = tf.data.Dataset.from_generator(epoch, output_signature=tf.TensorSpec((None,), tf.int64))
+    order = dataset_from_generator(epoch, tf.TensorSpec((None,), tf.int64))
     dataset = order.flat_map(of_epoch)
     return dataset.apply(tf.data.experimental.assert_cardinality(len(sizes))).prefetch(2)

@@ -19,9 +19,9 @@ import numpy as np
 from keras_tl.errors import StaleCacheError
 from keras_tl.features.records import Records
 from keras_tl.features.store import Shard
+from keras_tl.internals.from_generator import ALIGNMENT, aligned
 
 _OPEN_FILES = 128
-_ALIGNMENT = 64
 _KEPT = 8
 
 
@@ -146,9 +146,8 @@ class _Buffers:
         """Returns an array, whatever is in it."""
         size = math.prod(shape) * dtype.itemsize
         free = self._free.setdefault(size, [])
-        memory = free.pop() if free else np.empty(size + _ALIGNMENT, np.uint8)
-        begin = -memory.ctypes.data % _ALIGNMENT
-        array = memory[begin : begin + size].view(dtype).reshape(shape)
+        memory = free.pop() if free else np.empty(size + ALIGNMENT, np.uint8)
+        array = aligned(memory, size).view(dtype).reshape(shape)
         weakref.finalize(array, _put_back, free, memory).atexit = False
         return array
 

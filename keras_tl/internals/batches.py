@@ -14,6 +14,7 @@ import numpy as np
 import tensorflow as tf
 
 from keras_tl.internals.checked import SINCE_3_15, checked
+from keras_tl.internals.from_generator import dataset_from_generator
 from keras_tl.internals.imported import (
     ArrayDataAdapter,
     get_data_adapter,
@@ -178,10 +179,9 @@ def _stop_workers(adapter: Any) -> None:
 
 
 def _dataset_of_passes(adapter: Any, passes: _Passes) -> Any:
-    import tensorflow as tf
-
     like = adapter.get_tf_dataset()
     spec = keras.tree.lists_to_tuples(like.element_spec)
+    # Not our own: it may close a pass in one of the workers, for which that would wait.
     dataset = tf.data.Dataset.from_generator(passes, output_signature=spec)
     if adapter.enqueuer is None:
         return dataset.prefetch(1)
@@ -199,14 +199,12 @@ def _dataset_of(adapter: Any) -> Any:
     first = next(iter(adapter.get_numpy_iterator()), None) if is_arrays else None
     if first is None:
         return adapter.get_tf_dataset()
-    import tensorflow as tf
-
     first = keras.tree.lists_to_tuples(first)
     spec = keras.tree.map_structure(
         lambda array: tf.TensorSpec((None, *array.shape[1:]), array.dtype), first
     )
-    return tf.data.Dataset.from_generator(
-        lambda: map(keras.tree.lists_to_tuples, adapter.get_numpy_iterator()), output_signature=spec
+    return dataset_from_generator(
+        lambda: map(keras.tree.lists_to_tuples, adapter.get_numpy_iterator()), spec
     ).prefetch(1)
 
 
