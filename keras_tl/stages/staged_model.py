@@ -151,6 +151,12 @@ class StagedModel:
     def check_frozen_stage(self) -> None:
         """Raises a ValueError if nothing trains while the backbones are frozen."""
         if is_built(self._model) and not self._model.trainable_weights:
+            if any(layer is self._model for layer in self.backbones.members):
+                raise ValueError(
+                    f'`backbone` is the whole model "{self._model.name}", which leaves no head to '
+                    "train in stage 0. Pass what comes before the head, such as "
+                    "`backbone=model.layers[:-1]`."
+                )
             raise ValueError(
                 f'Stage 0 would train nothing: in the model "{self._model.name}" nothing outside '
                 f"the backbone {self.names} has weights to train, as in a language model whose "
