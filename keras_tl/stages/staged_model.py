@@ -296,6 +296,14 @@ class StagedModel:
         groups = group_optimizer(self._model.optimizer)
         return rates if groups is None else rates | groups.logs()
 
+    def rate_asked_for(self, number: int) -> float | None:
+        """Returns the learning rate that a stage sets, None where that is not one number."""
+        stage = self._stages[number - 1]
+        several = stage.head_learning_rate is not None or number >= self.first_annealed
+        if several or group_optimizer(self._model.optimizer) is not None:
+            return None
+        return stage.learning_rate if isinstance(stage.learning_rate, float) else None
+
     def group_learning_rates(self) -> dict[str, tuple[float, float]]:
         """Returns the lowest and highest learning rate in each parameter group, the head first."""
         groups = group_optimizer(self._model.optimizer)
