@@ -309,7 +309,8 @@ def _in_order(
 
 
 def _check_callback(callback: Any) -> None:
-    if not isinstance(callback, keras.callbacks.Callback):
+    # As `fit` does, it takes what only has the hooks of a callback.
+    if isinstance(callback, type) or not hasattr(callback, "set_model"):
         raise ValueError(
             "`callbacks` must be a `keras.callbacks.Callback` or a list of these. Received: "
             f"{callback!r} (of type {type(callback).__name__}).{how_to_call(callback)}"
