@@ -13,9 +13,24 @@ import keras
 import numpy as np
 
 from keras_tl.internals.optimizers import without_loss_scale
+from keras_tl.messages import how_to_get_a_model
 
 if TYPE_CHECKING:
     from keras_tl.optimizers.learning_rates import LearningRate
+
+
+def check_model(model: Any, function: str) -> None:
+    """Raises a ValueError unless `model` is a Keras model.
+
+    Args:
+        model: What a function was given.
+        function: String. The function, for the message.
+    """
+    if not isinstance(model, keras.Model):
+        raise ValueError(
+            f"`{function}` takes a `keras.Model`. Received: {model!r} (of type "
+            f"{type(model).__name__}).{how_to_get_a_model(model)}"
+        )
 
 
 def check_count(name: str, value: int, at_least: int = 0) -> None:

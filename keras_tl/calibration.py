@@ -9,6 +9,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tl.arguments import check_model
 from keras_tl.features.preparation import prepared
 from keras_tl.internals.batches import batches_of, predictions
 from keras_tl.internals.graphs import graph_of, graph_outputs, operation_of
@@ -71,6 +72,7 @@ def scale_temperature(
 
     - Guo et al., 2017, "On Calibration of Modern Neural Networks"
     """
+    check_model(model, "scale_temperature")
     layer, loss = layer_and_loss(model)
     data = prepared(model, x, y, batch_size=batch_size, training=False)
     dataset, _, close = batches_of(*data, batch_size, None)

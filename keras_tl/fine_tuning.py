@@ -9,7 +9,7 @@ from typing import Any
 
 import keras
 
-from keras_tl.arguments import check_count
+from keras_tl.arguments import check_count, check_model
 from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.backbone.selecting import choose_layers, is_built
 from keras_tl.callbacks import FreezeGuard, UnfreezeAtConvergence
@@ -17,7 +17,7 @@ from keras_tl.features.same_epochs import never_ends
 from keras_tl.features.stage_records import RecordSettings, StageRecords
 from keras_tl.internals.batches import batch_count, samples_in_batch, split_off_validation
 from keras_tl.internals.processes import divides_data
-from keras_tl.messages import did_you_mean, say
+from keras_tl.messages import did_you_mean, how_to_call, say
 from keras_tl.stages.joint_fits import JointFits
 
 
@@ -256,6 +256,7 @@ def fine_tune(
 
 def _check_arguments(model: keras.Model, x: Any, *, epochs: int, **counts: int | None) -> None:
     """Raises a ValueError for what would fail only after some training."""
+    check_model(model, "fine_tune")
     if not model.compiled:
         raise ValueError(
             f'The model "{model.name}" is not compiled. Call `compile` before `fine_tune`.'
@@ -300,9 +301,25 @@ def _in_order(
 ) -> list[keras.callbacks.Callback]:
     """Returns the user's callbacks, then the switch, then a guard: it follows from behind it."""
     given = keras.tree.flatten(callbacks) if callbacks else []
+    for one in given:
+        _check_callback(one)
     others = [one for one in given if not isinstance(one, FreezeGuard)]
     guards = [one for one in given if isinstance(one, FreezeGuard)]
     return [*others, switch, *(guards or [FreezeGuard(verbose=verbose)])]
+
+
+def _check_callback(callback: Any) -> None:
+    # As `fit` does, it takes what only has the hooks of a callback.
+    if isinstance(callback, type) or not hasattr(callback, "set_model"):
+        raise ValueError(
+            "`callbacks` must be a `keras.callbacks.Callback` or a list of these. Received: "
+            f"{callback!r} (of type {type(callback).__name__}).{how_to_call(callback)}"
+        )
+    if isinstance(callback, UnfreezeAtConvergence):
+        raise ValueError(
+            "`fine_tune` makes its own UnfreezeAtConvergence. Give its arguments to `fine_tune` in "
+            f"place of the callback. Received among `callbacks`: {callback!r}."
+        )
 
 
 def _moved_by_callbacks(

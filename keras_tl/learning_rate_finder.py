@@ -10,7 +10,7 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tl.arguments import check_can_be_set, check_count, check_number
+from keras_tl.arguments import check_can_be_set, check_count, check_model, check_number
 from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.selecting import Selection, is_built
 from keras_tl.messages import html_table
@@ -88,6 +88,7 @@ def find_learning_rate(
     - Smith, 2017, "Cyclical Learning Rates for Training Neural Networks"
     - Howard and Gugger, 2020, "fastai: A Layered API for Deep Learning" (smoothing, suggestions)
     """
+    check_model(model, "find_learning_rate")
     low = check_number(min_learning_rate, "min_learning_rate")
     high = check_number(max_learning_rate, "max_learning_rate")
     check_count("steps", steps, at_least=10)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import html
 import logging
+import os
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import keras
 
@@ -41,9 +43,35 @@ def did_you_mean(asked: str, names: Sequence[str]) -> str:
 
     >>> did_you_mean("val_acc", ["loss", "val_accuracy"])
     ' Did you mean "val_accuracy"?'
+    >>> did_you_mean("lr", ["layers", "learning_rate"])
+    ' Did you mean "learning_rate"?'
     """
-    close = dict.fromkeys(difflib.get_close_matches(asked, names, n=3, cutoff=0.5))
+    initials = [name for name in names if asked == "".join(word[:1] for word in name.split("_"))]
+    alike = difflib.get_close_matches(asked, names, n=3, cutoff=0.5)
+    close = dict.fromkeys(initials or alike)
     return " Did you mean " + ", ".join(f'"{name}"' for name in close) + "?" if close else ""
+
+
+def how_to_get_a_model(value: Any) -> str:
+    """Returns a hint for a file, a class or a function in place of a model, with a space before.
+
+    Example:
+
+    >>> how_to_get_a_model(keras.applications.Xception)
+    ' Call it, and pass what it returns: `Xception(...)`.'
+    """
+    if isinstance(value, (str, os.PathLike)):
+        load = f"keras.saving.load_model({os.fspath(value)!r})"
+        return f" Of a file, pass the model that is in it: `{load}`."
+    return how_to_call(value)
+
+
+def how_to_call(value: Any) -> str:
+    """Returns a hint for a class or a function in place of what it makes, with a space before."""
+    if callable(value) and not isinstance(value, keras.Layer):
+        name = getattr(value, "__name__", type(value).__name__)
+        return f" Call it, and pass what it returns: `{name}(...)`."
+    return ""
 
 
 def bytes_in_words(count: float) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import keras
 
+from keras_tl.arguments import check_model
 from keras_tl.backbone.selecting import flatten_layers
 from keras_tl.internals.graphs import (
     called_again,
@@ -60,8 +61,7 @@ def unwrap(model: keras.Model, *, flatten: bool = False) -> keras.Model:
     >>> [layer.name for layer in unwrap(model, flatten=True).layers[1:]]
     ['features', 'head']
     """
-    if not isinstance(model, keras.Model):
-        raise ValueError(f"`unwrap` takes a `keras.Model`. Received: {model!r}.")
+    check_model(model, "unwrap")
     if not model.built:
         raise ValueError(
             f'The model "{model.name}" is not built, so it has no weights to return. Call it on a '

@@ -472,6 +472,31 @@ def test_a_model_that_is_not_compiled():
 def test_an_argument_that_is_misspelt_is_named_with_its_function():
     with pytest.raises(TypeError, match=r'`fine_tune` has no .*Did you mean "max_frozen_epochs"'):
         fine_tune(small(), X, Y, max_frozen_epoch=2)
+    with pytest.raises(TypeError, match=r'has no argument `lr`.*Did you mean "learning_rate"\?'):
+        fine_tune(small(), X, Y, lr=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "words"),
+    [
+        ([keras.callbacks.EarlyStopping], r"of type type\). Call it.*`EarlyStopping\(\.\.\.\)`"),
+        (UnfreezeAtConvergence, r"Call it.*`UnfreezeAtConvergence\(\.\.\.\)`"),
+        (
+            ["stop"],
+            r"`keras.callbacks.Callback` or a list of these. Received: 'stop' \(of",
+        ),
+        (lambda: None, "of type function"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_any_step(callbacks, words, batches_extracted):
+    with pytest.raises(ValueError, match=words):
+        fine_tune(small(), X, Y, validation_data=VALIDATION, callbacks=callbacks)
+    assert batches_extracted == []
+
+
+def test_a_second_switch_is_refused_with_what_to_do_instead():
+    with pytest.raises(ValueError, match="makes its own.*Give its arguments to `fine_tune`"):
+        fine_tune(small(), X, Y, validation_data=VALIDATION, callbacks=UnfreezeAtConvergence(1e-4))
 
 
 def test_a_generator_that_ends_is_refused_before_any_step(batches_extracted):

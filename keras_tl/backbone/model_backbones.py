@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, TypeAlias
+from typing import Any, NoReturn, TypeAlias
 
 import keras
 
@@ -23,11 +24,12 @@ from keras_tl.backbone.selecting import (
     is_built,
     layer_units,
     named_layers,
+    roots,
 )
 from keras_tl.internals.layers import set_layer_flag
 from keras_tl.internals.models import functions_kept
 from keras_tl.layers import FrozenBackbone
-from keras_tl.messages import did_you_mean
+from keras_tl.messages import did_you_mean, some
 
 # What `backbone=` takes: layers, their names in the model, or a function that finds them in it.
 BackboneOf: TypeAlias = (
@@ -225,7 +227,7 @@ def unwrapped(backbone: Backbone) -> Backbone:
     """Returns the model that a `FrozenBackbone` wraps; of other backbones, what they are."""
     if isinstance(backbone, keras.Layer):
         return backbone.backbone if isinstance(backbone, FrozenBackbone) else backbone
-    return [unwrapped(layer) for layer in backbone]
+    return [unwrapped(layer) for layer in roots(backbone)]
 
 
 def stay_frozen(backbone: Backbone) -> list[keras.Layer]:
@@ -241,7 +243,9 @@ def names_of_layers(backbone: BackboneOf | None) -> Any:
     if isinstance(backbone, keras.Layer):
         return backbone.name
     if isinstance(backbone, (list, tuple)):
-        return [names_of_layers(one) for one in backbone]
+        # An input, as in `model.layers[:-1]`, is no layer that a name finds.
+        layers = [one for one in backbone if not isinstance(one, keras.layers.InputLayer)]
+        return [names_of_layers(one) for one in layers]
     return backbone
 
 
@@ -260,36 +264,60 @@ def _given(
 ) -> list[keras.Layer]:
     """The layers passed as `backbone`; a `FrozenBackbone` in place of the model that it wraps."""
     found: Any = backbone
-    if callable(backbone) and not isinstance(backbone, keras.Layer):
+    makes_anew = _makes_anew(backbone)
+    if callable(backbone) and not (makes_anew or isinstance(backbone, keras.Layer)):
         found = backbone(model)
     several = isinstance(found, Sequence) and not isinstance(found, str)
     given: list[Any] = list(found) if several else [found]
     if not given or not all(isinstance(one, (keras.Layer, str)) for one in given):
         returned = "" if found is backbone else f", which returns {found!r}"
+        hint = " That does not take the model: pass the layer it has made." if makes_anew else ""
         raise ValueError(
             "`backbone` must be a Keras layer, a model or a list of layers, their names, or a "
             f"function from the model to these. Received: backbone={backbone!r}{returned}."
+            f"{hint}"
         )
     wrapper_of = {id(wrapper.backbone): wrapper for wrapper in wrappers}
     layers = [_named(model, one) if isinstance(one, str) else one for one in given]
     layers = [wrapper_of.get(id(layer), layer) for layer in layers]
-    if not is_built(model):
-        return layers
+    if is_built(model):
+        _check_part_of(model, layers)
+    return [layer for layer in layers if not isinstance(layer, keras.layers.InputLayer)]
+
+
+def _makes_anew(backbone: BackboneOf) -> bool:
+    """Whether this is a class, or a function that needs no model, as in `keras.applications`.
+
+    One of these would take the model for its first argument, and load weights by network.
+    """
+    if not inspect.isfunction(backbone):
+        return isinstance(backbone, type)
+    first = next(iter(inspect.signature(backbone).parameters.values()), None)
+    return first is None or first.default is not first.empty
+
+
+def _check_part_of(model: keras.Model, layers: Sequence[keras.Layer]) -> None:
+    """Raises a ValueError unless the model is made of these layers, of which one has weights."""
     known = {id(weight) for weight in model.weights}
+    # A list such as `model.layers[:-1]` has layers without weights too.
+    within = {id(layer) for layer in flatten_layers(model)} if len(layers) > 1 else set()
     for layer in layers:
-        if not layer.weights or not all(id(weight) in known for weight in layer.weights):
-            nested = [
-                sublayer.name
-                for sublayer in model.layers
-                if isinstance(sublayer, (keras.Model, FrozenBackbone))
-            ]
-            raise ValueError(
-                f'`backbone` "{layer.name}" is not part of the model "{model.name}", or has no '
-                f"weights. Models nested in it: {', '.join(nested) or 'none'}. Pass a layer, a "
-                "model or a list of layers that this model is made of; or, where the model is made "
-                "later or several times, a name or a function of the model."
-            )
-    return layers
+        ids = {id(weight) for weight in layer.weights}
+        if not (ids <= known if ids else id(layer) in within):
+            _raise_not_part_of(model, layer)
+    if not any(layer.weights for layer in layers):
+        _raise_not_part_of(model, layers[0])
+
+
+def _raise_not_part_of(model: keras.Model, layer: keras.Layer) -> NoReturn:
+    kinds = (keras.Model, FrozenBackbone)
+    nested = [sublayer.name for sublayer in model.layers if isinstance(sublayer, kinds)]
+    raise ValueError(
+        f'`backbone` "{layer.name}" is not part of the model "{model.name}", or has no weights. '
+        f"Models nested in it: {', '.join(nested) or 'none'}. Pass a layer, a model or a list of "
+        "layers that this model is made of; or, where the model is made later or several times, a "
+        "name or a function of the model."
+    )
 
 
 def _named(model: keras.Model, name: str) -> keras.Layer:
@@ -305,4 +333,10 @@ def _named(model: keras.Model, name: str) -> keras.Layer:
     else:
         names = [known for path, layer in named for known in (path, layer.name)]
         hint = "matches no layer." + did_you_mean(name, names)
+        hint += f" It has {some([layer.name for layer in model.layers])}."
+        if name.endswith((".keras", ".h5")):
+            hint += (
+                " No file is read here: load it with `keras.saving.load_model`, and make this "
+                "model with the layer that returns."
+            )
     raise ValueError(f'`backbone="{name}"`: in the model "{model.name}" that name {hint}')

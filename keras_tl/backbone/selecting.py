@@ -15,11 +15,13 @@ from keras_tl.backbone.lora import is_lora, lora_weights
 from keras_tl.backbone.scales import is_scales, scale_weights
 from keras_tl.internals.layers import own_trainable_weights, sublayers
 from keras_tl.internals.own_fit import preparing_layers
-from keras_tl.messages import did_you_mean
+from keras_tl.messages import did_you_mean, how_to_get_a_model
 
 Backbone: TypeAlias = keras.Layer | Sequence[keras.Layer]
 Selection: TypeAlias = str | int | re.Pattern | Sequence[str] | Callable[[keras.Layer], bool]
 Choice: TypeAlias = Selection | keras.Layer | Sequence[keras.Layer | str]
+
+_NAMES_SHOWN = 3
 
 ALLOWED = (
     'Pass "all", an int, "lora", "scales", a regular expression for whole layer names, a list of '
@@ -227,7 +229,10 @@ def batchnorm_layers(backbone: Backbone) -> list[keras.Layer]:
 
 def describe(backbone: Backbone) -> str:
     """Returns the backbone's name for a message."""
-    return ", ".join(f'"{layer.name}"' for layer in roots(backbone))
+    names = [f'"{layer.name}"' for layer in roots(backbone)]
+    if len(names) > _NAMES_SHOWN:
+        return f"{names[0]} to {names[-1]} ({len(names)} layers)"
+    return ", ".join(names)
 
 
 def no_such_layer(backbone: Backbone, asked: str, argument: str = "layers") -> str:
@@ -239,7 +244,17 @@ def no_such_layer(backbone: Backbone, asked: str, argument: str = "layers") -> s
 
 def roots(backbone: Backbone) -> list[keras.Layer]:
     """Returns a backbone as a list of layers, which it may be already."""
-    return [backbone] if isinstance(backbone, keras.Layer) else list(backbone)
+    if isinstance(backbone, keras.Layer):
+        return [backbone]
+    several = isinstance(backbone, Iterable) and not isinstance(backbone, str)
+    layers = list(backbone) if several else [backbone]
+    wrong = [one for one in layers if not isinstance(one, keras.Layer)]
+    if wrong:
+        raise ValueError(
+            "A Keras model, a layer or a list of layers is needed. Received: "
+            f"{wrong[0]!r} (of type {type(wrong[0]).__name__}).{how_to_get_a_model(wrong[0])}"
+        )
+    return layers
 
 
 def top_layers(backbone: Backbone) -> list[keras.Layer]:

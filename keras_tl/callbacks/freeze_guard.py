@@ -20,6 +20,7 @@ from keras_tl.backbone.selecting import (
     check_choice,
     choose_layers,
     is_built,
+    roots,
 )
 from keras_tl.errors import (
     FrozenWeightsChangedError,
@@ -224,6 +225,7 @@ class FreezeGuard(keras.callbacks.Callback):
         >>> with FreezeGuard().watching(model):
         ...     _ = model.predict(keras.ops.ones((1, 2)), verbose=0)
         """
+        roots(model)  # Raises of a class, which Keras on JAX would take for a model.
         self.set_model(model)
         self._restart()
         self.restored.clear()

@@ -319,10 +319,11 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         """Puts a compiled model in a stage, of which nothing else tells.
 
         Such as a KerasHub task with a plain backbone, loaded from a file that was saved in that
-        stage, which does not hold what trains in it; or a language model without a head, of which
-        nothing could train in stage 0. The layers of the stage train, and no others of the
-        backbone; the optimizer is a new one as after the switch. The next `fit` continues in that
-        stage, with this callback or without it.
+        stage, which does not hold what trains in it; a model made anew, before `load_weights` of a
+        file that was saved in that stage; or a language model without a head, of which nothing
+        could train in stage 0. The layers of the stage train, and no others of the backbone; the
+        optimizer is a new one as after the switch. The next `fit` continues in that stage, with
+        this callback or without it.
 
         Args:
             model: A compiled and built model.

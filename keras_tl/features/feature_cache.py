@@ -14,7 +14,7 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from keras_tl.arguments import check_count
+from keras_tl.arguments import check_count, check_model
 from keras_tl.backbone.model_backbones import BackboneOf
 from keras_tl.features.disk_store import DiskStore
 from keras_tl.features.identity import identity_of
@@ -113,8 +113,10 @@ class FeatureCache:
         backbone: BackboneOf | None = None,
         cache_dir: str | os.PathLike[str] | None = None,
     ):
-        # Split already where `fine_tune` has chosen the place.
-        self._split = model if isinstance(model, SplitModel) else SplitModel(model, backbone)
+        if not isinstance(model, SplitModel):  # As `fine_tune` passes it, which chose the place.
+            check_model(model, "FeatureCache")
+            model = SplitModel(model, backbone)
+        self._split = model
         # Absolute, so that a later change of the working directory does not move it.
         self._folder = None if cache_dir is None else own_folder(pathlib.Path(cache_dir).absolute())
         self._known = _Known()

@@ -31,7 +31,7 @@ from keras_tl.internals.layers import (
 from keras_tl.internals.models import renew_sharing, renews_sharing
 from keras_tl.internals.rematerialization import Rematerialized
 from keras_tl.internals.saved_weights import read_without_wrapper
-from keras_tl.messages import some
+from keras_tl.messages import how_to_get_a_model, some
 
 _INFERENCE_MODES = ("always", "batchnorm")
 
@@ -182,7 +182,7 @@ class FrozenBackbone(keras.layers.Layer):
         if not isinstance(backbone, keras.Layer):
             raise ValueError(
                 f"`backbone` must be a Keras layer or model. Received: backbone={backbone!r} "
-                f"(of type {type(backbone).__name__})."
+                f"(of type {type(backbone).__name__}).{how_to_get_a_model(backbone)}"
             )
         if inference_mode not in _INFERENCE_MODES:
             raise ValueError(

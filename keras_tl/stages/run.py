@@ -351,6 +351,20 @@ class Run:
                 f"UnfreezeAtConvergence continues fine-tuning {self._staged.names}, which is "
                 f"trainable already, with learning rate {rate:.4g}."
             )
+            self._warn_of_rate(rate)
+
+    def _warn_of_rate(self, rate: float) -> None:
+        """Warns of a rate that is higher than asked for, as after `compile` between two fits."""
+        asked = self._staged.rate_asked_for(self.stage)
+        # A lower one may be what ReduceLROnPlateau has left.
+        if asked is not None and rate > 1.01 * asked:
+            warnings.warn(
+                f"UnfreezeAtConvergence continues fine-tuning at {rate:.4g}, the learning rate of "
+                f"the model's optimizer, and not at {asked:.4g}, which a switch would set. Compile "
+                f"the model with {asked:.4g}, or call this callback's "
+                f"`enter_stage(model, {self.stage})` before `fit`.",
+                stacklevel=5,
+            )
 
     def _say_end(self) -> None:
         progress, stages = self.state.progress, len(self._staged.stages)

@@ -151,6 +151,12 @@ class StagedModel:
     def check_frozen_stage(self) -> None:
         """Raises a ValueError if nothing trains while the backbones are frozen."""
         if is_built(self._model) and not self._model.trainable_weights:
+            if any(layer is self._model for layer in self.backbones.members):
+                raise ValueError(
+                    f'`backbone` is the whole model "{self._model.name}", which leaves no head to '
+                    "train in stage 0. Pass what comes before the head, such as "
+                    "`backbone=model.layers[:-1]`."
+                )
             raise ValueError(
                 f'Stage 0 would train nothing: in the model "{self._model.name}" nothing outside '
                 f"the backbone {self.names} has weights to train, as in a language model whose "
@@ -289,6 +295,14 @@ class StagedModel:
                 rates[f"learning_rate_{self._group(number)}"] = rate if number <= stage else 0.0
         groups = group_optimizer(self._model.optimizer)
         return rates if groups is None else rates | groups.logs()
+
+    def rate_asked_for(self, number: int) -> float | None:
+        """Returns the learning rate that a stage sets, None where that is not one number."""
+        stage = self._stages[number - 1]
+        several = stage.head_learning_rate is not None or number >= self.first_annealed
+        if several or group_optimizer(self._model.optimizer) is not None:
+            return None
+        return stage.learning_rate if isinstance(stage.learning_rate, float) else None
 
     def group_learning_rates(self) -> dict[str, tuple[float, float]]:
         """Returns the lowest and highest learning rate in each parameter group, the head first."""

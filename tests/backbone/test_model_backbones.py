@@ -1,11 +1,15 @@
 """What `backbone=` takes: layers, names in the model, functions of the model."""
 
+import operator
+import pickle
+
 import keras
 import pytest
 
 from keras_tl import (
     FeatureCache,
     FrozenBackbone,
+    UnfreezeAtConvergence,
     find_learning_rate,
     fine_tune,
 )
@@ -26,7 +30,14 @@ def build(wrap=False):
 
 @pytest.mark.parametrize(
     "backbone",
-    ["base", ["base"], lambda model: model.get_layer("base"), lambda model: "base"],
+    [
+        "base",
+        ["base"],
+        lambda model: model.get_layer("base"),
+        lambda model, name="base": name,
+        lambda *models: "base",
+        operator.methodcaller("get_layer", "base"),
+    ],
 )
 def test_finds_a_backbone_by_its_name_or_by_a_function(backbone):
     model, base = build()
@@ -49,6 +60,84 @@ def test_finds_the_wrapper_by_its_name_and_by_that_of_what_it_wraps(name):
 def test_a_name_of_no_layer_is_an_error_with_close_ones():
     with pytest.raises(ValueError, match='`backbone="bass"`.*no layer. Did you mean "base"'):
         Backbones(build()[0], "bass")
+
+
+def test_a_file_is_no_name_of_a_layer():
+    with pytest.raises(ValueError, match=r"matches no layer\..* It has .*No file is read here"):
+        Backbones(build()[0], "weights/other.keras")
+
+
+@pytest.mark.parametrize("made", [FrozenBackbone, keras.applications.Xception, lambda: "base"])
+def test_what_makes_a_model_anew_is_not_called(made):
+    with pytest.raises(ValueError, match=r"Received: backbone=<.*>\. That does not take the model"):
+        Backbones(build()[0], made)
+
+
+def flat():
+    """A model of which the head is one layer, and what comes before it is not nested."""
+    layers = [
+        keras.layers.Dense(4, name="a"),
+        keras.layers.ReLU(name="b"),
+        keras.layers.Dense(4, name="c"),
+        keras.layers.ReLU(name="d"),
+    ]
+    inputs = x = keras.Input((4,))
+    for layer in layers:
+        x = layer(x)
+    model = keras.Model(inputs, keras.layers.Dense(1, name="head")(x))
+    model.compile("adam", "mse")
+    return model
+
+
+def test_a_list_of_layers_may_hold_some_without_weights():
+    model = flat()
+    backbones = Backbones(model, model.layers[:-1])
+    assert backbones.plain == model.layers[1:-1]
+    assert backbones.names == '"a" to "d" (4 layers)'
+    backbones.freeze()
+    assert [weight.path for weight in model.trainable_weights] == ["head/kernel", "head/bias"]
+
+
+@pytest.mark.parametrize("wrong", [slice(0, 1), slice(2, 3), slice(0, 0), slice(0, None, 2)])
+def test_a_list_of_layers_needs_weights(wrong):
+    model = flat()
+    with pytest.raises(ValueError, match="`backbone`"):
+        Backbones(model, model.layers[wrong])
+
+
+def test_a_layer_without_weights_must_be_in_the_model():
+    model, other = flat(), flat()
+    with pytest.raises(ValueError, match='`backbone` "b" is not part of the model'):
+        Backbones(model, [model.layers[1], other.layers[2]])
+
+
+@pytest.mark.eager
+def test_all_before_the_head_of_a_flat_model_serves_wherever_a_backbone_is_taken():
+    model = flat()
+    callback = UnfreezeAtConvergence(
+        1e-4, backbone=model.layers[:-1], max_frozen_epochs=1, verbose=0
+    )
+    history = model.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=[callback], verbose=0)
+    assert history.history["stage"] == [0, 1]
+    by_name = pickle.loads(pickle.dumps(callback))
+    assert by_name.backbone == ["a", "b", "c", "d"]
+    fresh = flat()
+    history = fresh.fit(X, Y, validation_data=(X, Y), epochs=2, callbacks=[by_name], verbose=0)
+    assert history.history["stage"] == [0, 1]
+    frozen = flat()
+    for layer in frozen.layers[:-1]:
+        layer.trainable = False
+    assert [one.name for one in FeatureCache(frozen, backbone=frozen.layers[:-1]).head.layers] == [
+        "d",
+        "head",
+    ]
+
+
+def test_the_whole_model_leaves_no_head_to_train():
+    model = flat()
+    callback = UnfreezeAtConvergence(1e-4, backbone=model)
+    with pytest.raises(ValueError, match=r"is the whole model.*`backbone=model.layers\[:-1\]`"):
+        model.fit(X, Y, callbacks=[callback], verbose=0)
 
 
 def test_a_name_of_several_layers_is_an_error_with_their_paths():

@@ -1,5 +1,7 @@
 """Stages of which a model's file does not tell, and models without a head to begin with."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -131,3 +133,69 @@ def test_a_model_without_a_head_is_told_to_begin_with_a_stage(wrap):
     callback.enter_stage(model)
     assert fit(model, callback)["stage"] == [1, 1]
     assert np.all([a != b for a, b in zip(weights, as_bytes(model.weights))])
+
+
+@pytest.mark.parametrize("wrap", [True, False])
+def test_weights_that_were_saved_in_a_stage_load_with_their_optimizer(wrap, tmp_path):
+    def fresh():
+        base = untold(norm=True).get_layer("base")
+        model = keras.Sequential([FrozenBackbone(base) if wrap else base, keras.layers.Dense(1)])
+        model.build((None, 4))
+        model.compile("adam", "mse")
+        return model, UnfreezeAtConvergence(0.01, backbone="base", max_frozen_epochs=1, verbose=0)
+
+    trained, callback = fresh()
+    fit(trained, callback)
+    trained.save_weights(tmp_path / "trained.weights.h5")
+    loaded, callback = fresh()
+
+    callback.enter_stage(loaded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        loaded.load_weights(tmp_path / "trained.weights.h5")
+
+    for its, ours in (
+        (trained.weights, loaded.weights),
+        (trained.optimizer.variables, loaded.optimizer.variables),
+    ):
+        assert [value for _, value in as_bytes(its)] == [value for _, value in as_bytes(ours)]
+    assert fit(loaded, callback)["stage"] == [1, 1]
+
+
+def unfrozen(learning_rate):
+    """A model of which all trains, compiled anew after the switch as by hand."""
+    model = untold(norm=True)
+    fit(model, UnfreezeAtConvergence(0.01, backbone="base", max_frozen_epochs=1, verbose=0))
+    model.compile(keras.optimizers.SGD(learning_rate), "mse")
+    return model
+
+
+def test_a_rate_above_the_one_asked_for_is_warned_of_and_mended_by_entering_the_stage():
+    model = unfrozen(0.1)
+    callback = UnfreezeAtConvergence(0.01, backbone="base", verbose=0)
+    words = r"continues fine-tuning at 0.1, .* and not at 0.01, .*`enter_stage\(model, 1\)`"
+    with pytest.warns(UserWarning, match=words):
+        history = fit(model, callback)
+    assert history["learning_rate"] == pytest.approx([0.1] * 2)
+
+    callback.enter_stage(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        history = fit(model, callback)
+    assert history["learning_rate"] == pytest.approx([0.01] * 2)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"learning_rate": 0.1},
+        {"learning_rate": 0.5},  # A callback such as ReduceLROnPlateau may have lowered it since.
+        {"learning_rate": "auto"},
+        {"learning_rate": 0.01, "head_learning_rate": 0.1},
+    ],
+)
+def test_a_rate_that_nothing_says_is_too_high_is_not_warned_of(settings):
+    model = unfrozen(0.1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fit(model, UnfreezeAtConvergence(backbone="base", verbose=0, **settings))

@@ -380,6 +380,19 @@ def test_refuses_bad_arguments(base, arguments, words):
         FrozenBackbone(base, **arguments)
 
 
+@pytest.mark.parametrize(
+    ("given", "hint"),
+    [
+        ("base.keras", "(of type str). Of a file, pass the model that is in it: `keras.saving."),
+        (keras.applications.Xception, "Call it, and pass what it returns: `Xception(...)`."),
+        (keras.layers.Dense, "Call it, and pass what it returns: `Dense(...)`."),
+    ],
+)
+def test_says_how_to_get_a_model(given, hint):
+    with pytest.raises(ValueError, match=re.escape(hint)):
+        FrozenBackbone(given)
+
+
 def test_refuses_what_is_no_layer():
     with pytest.raises(ValueError, match="`backbone` must be a Keras layer or model.*str"):
         FrozenBackbone("resnet")
