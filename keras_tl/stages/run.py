@@ -31,7 +31,7 @@ from keras_tl.stages.optimizer_use import OptimizerUse
 from keras_tl.stages.rate_watch import RateWatch
 from keras_tl.stages.staged_model import HOW_TO_CONTINUE, StagedModel
 from keras_tl.stages.training_state import TrainingState
-from keras_tl.stages.words import what_would_converge, why_still_frozen
+from keras_tl.stages.words import nothing_was_judged, what_would_converge, why_still_frozen
 
 if TYPE_CHECKING:
     from keras_tl.callbacks.unfreeze_at_convergence import UnfreezeAtConvergence
@@ -380,7 +380,10 @@ class Run:
                 hint=self._what_would_converge(),
             )
             warnings.warn(message, stacklevel=4)
-        elif progress.stage < stages and progress.stop_reason is None:
+            return
+        if not self._decisions.monitored.seen and progress.best is None:
+            warnings.warn(nothing_was_judged(self._callback.monitor), stacklevel=4)
+        if progress.stage < stages and progress.stop_reason is None:
             where, others = f"in stage {progress.stage} of {stages}", "the others"
             if progress.stage >= self._staged.first_annealed:
                 rate = learning_rate_of(self._model.optimizer)

@@ -102,6 +102,15 @@ def why_still_frozen(
     )
 
 
+def nothing_was_judged(monitor: str) -> str:
+    """Returns the warning about a run that ended in a later stage, of which nothing was seen."""
+    return (
+        f"UnfreezeAtConvergence: {monitor} was never in the logs, so no epoch was judged: the "
+        "model has its last weights, which may not be its best. Validate more often "
+        "(`validation_freq`), or pass a `monitor` that is in the logs."
+    )
+
+
 def what_would_converge(monitor: str, found: tuple[float, int] | None) -> str:
     """Returns what is to be said of a series that improves by a hair, with a space after it.
 

@@ -605,6 +605,13 @@ def test_waits_for_epochs_with_validation_with_no_warning():
     assert history.history["stage"] == [0, 0, 0, 0, 1]
 
 
+def test_a_run_of_which_no_epoch_was_judged_says_so():
+    callback = unfreezer(monitor="val_loss", max_frozen_epochs=1)
+    with pytest.warns(UserWarning, match="val_loss was never in the logs, so no epoch was judged"):
+        fit(build()[0], callback, epochs=3, validation_freq=9)
+    assert (callback.stage, callback.best_epoch) == (1, None)
+
+
 def test_says_what_something_else_has_unfrozen(capsys):
     model, wrapper = build()
     model.compile("adam", "mse")
