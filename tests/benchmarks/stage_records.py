@@ -106,13 +106,14 @@ def draw(found, path):
     from matplotlib.figure import Figure
 
     axes = Figure(figsize=(8, 3.5), layout="constrained").subplots()
-    names = ["head alone", "+ last quarter", "+ third", "+ second", "all"]
+    names = ["head alone", "+ last quarter", "+ third quarter", "+ second quarter", "all"]
     for place, (color, (way, (_, costs))) in enumerate(zip(COLORS, found.items(), strict=False)):
         rows = [row + 0.4 * place - 0.2 for row in range(len(costs))]
         bars = axes.barh(rows, costs, height=0.36, color=color, label=way.strip("`"))
         axes.bar_label(bars, fmt="%.1f", padding=3, size=9)
     axes.set_yticks(range(len(names)), names)
     axes.invert_yaxis()
+    axes.margins(x=0.08)
     axes.set(xlabel="processor seconds of an epoch", ylabel="what trains")
     axes.legend(frameon=False)
     axes.figure.savefig(path)
