@@ -118,7 +118,8 @@ class Transition:
         Returns:
             A string of several lines.
         """
-        best = "" if self.value is None else f" (best {self.value:.4g})"
+        of = " of the stage" if self.stage > 1 else ""  # That of the run may be another.
+        best = "" if self.value is None else f" (best{of} {self.value:.4g})"
         changed = self.layers or self.frozen or self.unfrozen_early
         rates = self.group_learning_rates.items()
         groups = ", ".join(f"{name} {_range(*ends)}" for name, ends in rates)

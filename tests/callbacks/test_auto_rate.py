@@ -210,6 +210,8 @@ def test_says_what_it_does(capsys):
     assert "because        this learning rate has not improved score in 3 epochs" in said
     assert "goes back to the best weights, and to a third of the learning rate" in said
     assert "0.001 -> 0.0003" in said
+    assert "(best 5)" in said
+    assert "(best of the stage 4)" in said
     assert "training ended in stage" not in said
     assert said.count("  memory  ") == 1, "the same layers train at each rate"
 
