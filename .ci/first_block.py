@@ -41,5 +41,5 @@ block = re.search(
 )[1]
 names = {}
 exec(compile(block, "the first block of the README", "exec"), names)  # noqa: S102
-assert set(names["history"].history["stage"]) == {0, 1}
+assert {0, 1} <= set(names["history"].history["stage"])
 print(f"The README's first block ran with keras_tl {keras_tl.__version__}.")

@@ -623,6 +623,19 @@ def test_warm_up_in_each_stage():
 
 
 @pytest.mark.eager
+def test_a_group_that_goes_on_has_the_full_rate_where_its_warm_up_was_cut_short():
+    model, _ = build()
+    before = Rates("backbone_1")
+    rates = {"learning_rate": 1e-3, "head_learning_rate": 5e-3}
+    stages = [Stage("block3.*", epochs=1, **rates), Stage("all", **rates)]
+    callback = staged(*stages, warmup_steps=8)
+    fit_in_two_steps(model, callback, before, epochs=4)
+    np.testing.assert_allclose(before.rates[2:], [0, 1.25e-4] + [1e-3] * 4, rtol=1e-5)
+    first, second = callback.transitions
+    assert second.learning_rate_before == first.learning_rate_after == np.float32(1e-3)
+
+
+@pytest.mark.eager
 def test_warm_up_ends_when_another_callback_sets_the_rate():
     model, _ = build()
     rates = Rates()
