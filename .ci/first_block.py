@@ -41,5 +41,6 @@ block = re.search(
 )[1]
 names = {}
 exec(compile(block, "the first block of the README", "exec"), names)  # noqa: S102
-assert {0, 1} <= set(names["history"].history["stage"])
+# No rate helps, so each is tried.
+assert set(names["history"].history["stage"]) == set(range(6))
 print(f"The README's first block ran with keras_tl {keras_tl.__version__}.")

@@ -99,8 +99,7 @@ class TrainingState:
         Returns:
             The `Transition`, which is noted too.
         """
-        if self.warm_up is not None:
-            self.warm_up.finish()  # Groups that go on keep the rates they have.
+        self.finish_warm_up()  # Groups that go on keep the rates they have.
         # Flags and optimizer are others after the switch: what they were is read before it.
         before = list(self._model.trainable_weights)
         rate = learning_rate_of(self._model.optimizer)

@@ -53,7 +53,7 @@ def epochs(application, layers, x, y):
 
 
 class ProcessorSeconds(keras.callbacks.Callback):
-    """Notes the processor seconds of each epoch, and in which stage it was."""
+    """Notes the processor seconds of each epoch."""
 
     def __init__(self):
         super().__init__()
@@ -85,8 +85,8 @@ def gradual(x, y):
     unfreezing = {"stages": stages, "max_frozen_epochs": EPOCHS, "monitor": "loss", "patience": 99}
 
     def recorded(clock):
-        settings_of_both = {**settings, **unfreezing, "callbacks": [clock]}
-        fine_tune(model_of("ResNet50")[0], x, y, fine_tune_patience=99, **settings_of_both)
+        both = settings | unfreezing
+        fine_tune(model_of("ResNet50")[0], x, y, fine_tune_patience=99, callbacks=clock, **both)
 
     def through(clock):
         switch = UnfreezeAtConvergence(fine_tune_patience=99, verbose=0, **unfreezing)

@@ -1,6 +1,5 @@
 """Options that were tried and are not part of keras_tl, each as a way of its own."""
 
-import functools
 import re
 
 import keras
@@ -81,11 +80,10 @@ class TowardsStart(keras.optimizers.Adam):
         return {**super().get_config(), "pull": self.pull}
 
 
-def near_the_start(pair, train, validation, rate, pull):
+def near_the_start(pair, train, validation, rate):
     """Trains with `fine_tune`, where weights of the backbone are pulled back to the pretrained."""
     _starts.clear()
-    optimizer = TowardsStart(HEAD_RATE, pull)
-    return ours(pair, train, validation, rate, optimizer=optimizer)
+    return ours(pair, train, validation, rate, optimizer=TowardsStart(HEAD_RATE))
 
 
 def _part_of(layer):
@@ -131,7 +129,6 @@ def surgical(pair, train, validation, rate):
 
 OPTIONS = {
     "keras_tl, greedy soup": (soup, (None,)),
-    "keras_tl, L2-SP 10": (functools.partial(near_the_start, pull=10.0), (None,)),
-    "keras_tl, L2-SP 1": (functools.partial(near_the_start, pull=1.0), (None,)),
+    "keras_tl, L2-SP": (near_the_start, (None,)),
     "keras_tl, surgical": (surgical, (None,)),
 }
