@@ -320,7 +320,9 @@ def _trainable_in(
             f"`layers={layers!r}` selects layers of the backbone {describe(backbone)} that have no "
             "weights to train. BatchNormalization layers stay frozen unless `train_batchnorm=True` "
             "in a FrozenBackbone; weights that were frozen by hand stay frozen, and whole layers "
-            f"unless they are named; layers that are not built have no weights yet. {ALLOWED}"
+            "unless they are named; layers that are not built have no weights yet; of a SavedModel "
+            "or torch module, Keras trains what was trainable when a TFSMLayer or a "
+            f"TorchModuleWrapper took it. {ALLOWED}"
         )
     return weights
 

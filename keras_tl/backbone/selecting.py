@@ -15,6 +15,7 @@ from keras_tl.backbone.lora import is_lora, lora_weights
 from keras_tl.backbone.scales import is_scales, scale_weights
 from keras_tl.internals.layers import own_trainable_weights, sublayers
 from keras_tl.internals.own_fit import preparing_layers
+from keras_tl.internals.unlisted_state import unlisted_state
 from keras_tl.messages import did_you_mean, how_to_get_a_model
 
 Backbone: TypeAlias = keras.Layer | Sequence[keras.Layer]
@@ -42,6 +43,16 @@ def flatten_layers(backbone: Backbone) -> list[keras.Layer]:
     for layer in roots(backbone):
         visit(layer)
     return list(found.values())
+
+
+def unlisted_in(backbone: Backbone) -> list[keras.Variable]:
+    """Returns the state at every depth that Keras does not list, such as a torch module's."""
+    return [one for layer in flatten_layers(backbone) for one in unlisted_state(layer)]
+
+
+def variables_of(model: keras.Model) -> list[keras.Variable]:
+    """Returns all variables of a model, those too that Keras does not list, which are last."""
+    return [*model.variables, *unlisted_in(model)]
 
 
 def named_layers(backbone: Backbone) -> list[tuple[str, keras.Layer]]:

@@ -12,9 +12,10 @@ from typing import Any
 import keras
 import numpy as np
 
-from keras_tl.backbone.selecting import is_built
+from keras_tl.backbone.selecting import is_built, variables_of
 from keras_tl.backup.run_identity import doubt, why_another_run
 from keras_tl.backup.snapshots import Backup, OtherRunError
+from keras_tl.internals.layers import name_without_count
 from keras_tl.internals.processes import in_all, is_chief, of_all, of_chief
 from keras_tl.internals.values import on_host
 
@@ -81,7 +82,7 @@ class RunBackup:
         """
         arrays = {
             **arrays,
-            "model": [on_host(one) for one in self._model.variables],
+            "model": [on_host(one) for one in variables_of(self._model)],
             "optimizer": [on_host(one) for one in self._model.optimizer.variables],
         }
         if not is_chief():
@@ -185,8 +186,8 @@ class RunBackup:
     def _variables(self) -> list[list[Any]]:
         """What tells models apart: not the whole names, which count up in a process."""
         return [
-            [one.name, list(one.shape), keras.backend.standardize_dtype(one.dtype)]
-            for one in self._model.variables
+            [name_without_count(one), list(one.shape), keras.backend.standardize_dtype(one.dtype)]
+            for one in variables_of(self._model)
         ]
 
     def _why_not(self, state: dict[str, Any], arrays: dict[str, list[np.ndarray]]) -> str | None:

@@ -45,9 +45,9 @@ OVERWRITTEN = Cause(
     "overwritten",
     "The optimizer does not explain the change. Look for `assign`, `set_weights` or `load_weights` "
     'between the two moments, in other callbacks first; `check="batch"` finds the batch. A layer '
-    "that writes its own weights in training mode, such as SpectralNormalization, belongs in a "
-    "keras_tl.FrozenBackbone. One that is moved on purpose, such as an average of another, is left "
-    "out with `FreezeGuard(exclude=...)`.",
+    "that writes its own weights in training mode, such as SpectralNormalization or a torch module "
+    "with BatchNorm, belongs in a keras_tl.FrozenBackbone. One that is moved on purpose, such as "
+    "an average of another, is left out with `FreezeGuard(exclude=...)`.",
 )
 RENEWED = Cause(
     "trained in between, or overwritten",

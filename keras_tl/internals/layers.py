@@ -14,6 +14,7 @@ import keras
 
 from keras_tl.internals.checked import SINCE_3_15, UnsupportedKerasError, checked
 from keras_tl.internals.imported import get_keras_mask, global_state, to_snake_case
+from keras_tl.internals.unlisted_state import unlisted_state
 
 
 @checked(SINCE_3_15)
@@ -52,8 +53,11 @@ def own_trainable_weights(layer: keras.Layer) -> list[keras.Variable]:
 
 @checked(SINCE_3_15)
 def own_state(layer: keras.Layer) -> list[keras.Variable]:
-    """Returns the weights that the layer itself created never to be trained (statistics)."""
-    return list(layer._non_trainable_variables)
+    """Returns what the layer itself holds that is never to be trained (statistics).
+
+    With what Keras does not list: in training it moves all the same.
+    """
+    return [*layer._non_trainable_variables, *unlisted_state(layer)]
 
 
 def name_without_count(one: keras.Layer | keras.Variable) -> str:

@@ -35,6 +35,7 @@ import keras
 
 from keras_tl.arguments import check_learning_rate
 from keras_tl.backbone import freezing
+from keras_tl.backbone.selecting import variables_of
 from keras_tl.internals.models import (
     compiled_state,
     functions_kept,
@@ -293,7 +294,7 @@ def restore_training(
 
     Args:
         model: A compiled model, with the trainable weights and the optimizer that it had then.
-        values: Arrays, one for each of `model.variables`.
+        values: Arrays, one for each of `variables_of(model)`.
         optimizer_values: Arrays, one for each of the optimizer's variables.
 
     Raises:
@@ -306,7 +307,7 @@ def restore_training(
             f"The backup is of another optimizer than {optimizer.name!r}, or of one for other "
             "weights. Compile the model as in the run that was interrupted, with the same stages."
         )
-    for variable, value in zip(model.variables, values, strict=True):
+    for variable, value in zip(variables_of(model), values, strict=True):
         variable.assign(value)
     for variable, value in zip(optimizer.variables, optimizer_values, strict=True):
         variable.assign(value)
@@ -465,7 +466,7 @@ def left_as_found(model: keras.Model) -> Iterator[None]:
     `history` of the last `fit`, `stop_training`, and the random generators of Keras, NumPy and the
     backend.
     """
-    put_back = _remember(model, [*model.variables, *model.metrics_variables])
+    put_back = _remember(model, [*variables_of(model), *model.metrics_variables])
     attributes = {name: getattr(model, name, None) for name in ("history", "stop_training")}
     restore_random_state = random_state()
     try:

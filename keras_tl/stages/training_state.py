@@ -10,6 +10,7 @@ import numpy as np
 
 from keras_tl.backbone import freezing
 from keras_tl.backbone.changeable import changeable_weights
+from keras_tl.backbone.selecting import variables_of
 from keras_tl.backup.run_backup import RunSnapshot
 from keras_tl.internals.processes import of_chief
 from keras_tl.optimizers.groups import learning_rate_of
@@ -178,7 +179,7 @@ class TrainingState:
 
     def to_data(self) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
         """Returns what JSON can hold, and arrays, besides the values of model and optimizer."""
-        state, arrays = self.progress.to_data(self._model.variables)
+        state, arrays = self.progress.to_data(variables_of(self._model))
         state["warm_up"] = None if self.warm_up is None else self.warm_up.get_state()
         state["schedule_starts"] = switching.schedule_starts(self._model)
         return state, arrays
@@ -188,11 +189,11 @@ class TrainingState:
         progress = Progress.from_data(
             snapshot.state,
             snapshot.arrays,
-            self._model.variables,
+            variables_of(self._model),
             stages=len(self._staged.stages),
             mode=self._decisions.monitored.mode,
         )
-        with switching.all_or_nothing(self._model, self._model.variables):
+        with switching.all_or_nothing(self._model, variables_of(self._model)):
             rates = self._enter_stages_up_to(progress.stage)
             # Flags and groups first: the optimizer's variables are those of what trains.
             switching.restore_training(

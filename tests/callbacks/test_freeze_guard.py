@@ -696,7 +696,7 @@ def test_a_layer_that_writes_its_weights_in_training_mode_is_told_what_to_do():
     model.compile("sgd", "mse")
     error = caught(model, FreezeGuard())
     assert [path.split("/")[-1] for path in error.paths] == ["kernel", "vector_u"]
-    assert "SpectralNormalization, belongs in a keras_tl.FrozenBackbone" in str(error)
+    assert "such as SpectralNormalization or a torch module with BatchNorm, belongs" in str(error)
 
     wrapped = keras.Sequential([keras.Input((4,)), FrozenBackbone(layers[0]), layers[1]])
     wrapped.compile("sgd", "mse")

@@ -1,0 +1,96 @@
+"""State that layers hold and Keras does not list among their weights."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import keras
+
+from keras_tl.internals.checked import SINCE_3_15, checked
+
+# By layer, and in it by what holds the value: the same variable as long as the layer lives.
+_KNOWN: weakref.WeakKeyDictionary[keras.Layer, dict[Any, keras.Variable]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def unlisted_state(layer: keras.Layer) -> list[keras.Variable]:
+    """Returns the state that a layer itself holds and Keras does not list, as variables.
+
+    On torch these are buffers, such as the statistics of a `torch.nn.BatchNorm2d` in a
+    `TorchModuleWrapper`: they move in training even where `trainable` is cleared. On TensorFlow
+    they are variables that a layer did not make by `add_weight`, such as those of a SavedModel
+    that it has loaded.
+
+    Args:
+        layer: The layer. What its sublayers hold is not in it.
+
+    Returns:
+        A list of `keras.Variable`, which share their values with what the layer holds.
+    """
+    known = _KNOWN.setdefault(layer, {})
+    found = dict(_found(layer))
+    for key, (name, value) in found.items():
+        if key not in known:
+            known[key] = _variable(layer, name, value, key)
+    return [known[key] for key in found]
+
+
+def _found(layer: keras.Layer) -> Iterator[tuple[Any, tuple[str, Any]]]:
+    """Yields what tells a value from others, with its name and itself."""
+    if keras.backend.backend() == "torch":
+        for name, module in _modules_in(layer, ""):
+            for key, value in module.named_buffers(recurse=False):
+                yield (module, key), (f"{name}{key}", value)
+    elif keras.backend.backend() == "tensorflow":
+        listed = {id(one.value) for one in layer.variables}
+        for value in _variables_in(layer, set()):
+            if id(value) not in listed:
+                yield id(value), (value.name.removesuffix(":0"), value)
+
+
+def _modules_in(module: Any, name: str) -> Iterator[tuple[str, Any]]:
+    """Yields a torch module and those in it that are not Keras layers, with names."""
+    yield name, module
+    for key, child in module.named_children():
+        if not isinstance(child, keras.Layer):
+            yield from _modules_in(child, f"{name}{key}.")
+
+
+def _variables_in(one: Any, seen: set[int]) -> Iterator[Any]:
+    """Yields the variables of TensorFlow that an object keeps outside of Keras' own."""
+    import tensorflow as tf
+
+    for child in tf.train.TrackableView.children(one).values():
+        known = isinstance(child, (keras.Layer, keras.Variable, keras.Optimizer))
+        if not known and id(child) not in seen:
+            seen.add(id(child))
+            if isinstance(child, tf.Variable):
+                yield child
+            else:
+                yield from _variables_in(child, seen)
+
+
+@checked(SINCE_3_15)
+def _variable(layer: keras.Layer, name: str, value: Any, key: Any) -> keras.Variable:
+    kind = _Buffer if keras.backend.backend() == "torch" else keras.Variable
+    dtype = keras.backend.standardize_dtype(value.dtype)
+    settings = {"trainable": False, "autocast": False, "dtype": dtype}
+    # Keras makes a variable of TensorFlow, or the memory of a tensor of torch, its own value.
+    variable = kind(value, name=name.replace("/", "_"), **settings)
+    variable._path = f"{layer.path or layer.name}/{variable.name}"
+    if isinstance(variable, _Buffer):
+        variable.holder = key
+    return variable
+
+
+class _Buffer(keras.Variable):  # type: ignore[misc]
+    """A buffer of a torch module, which may get another tensor in its place."""
+
+    holder: tuple[Any, str] | None = None
+
+    @property
+    def value(self) -> Any:
+        return self._value if self.holder is None else getattr(*self.holder)
