@@ -8,6 +8,7 @@ from typing import Any
 import keras
 import numpy as np
 
+from keras_tl.arguments import check_model
 from keras_tl.backbone.selecting import flatten_layers
 from keras_tl.internals.layers import own_state
 from keras_tl.internals.values import on_host
@@ -35,8 +36,9 @@ def interpolate_weights(
         fraction: Float from 0 to 1. How far from `start` to `end`. Defaults to `0.5`.
 
     Raises:
-        ValueError: If `fraction` is out of range, if the weights are not those of such a model, or
-            if moving statistics differ: between them, they would be of neither model.
+        ValueError: If `model` is not a model, if `fraction` is out of range, if the weights are not
+            those of such a model, or if moving statistics differ: between them, they would be of
+            neither model.
 
     Example:
 
@@ -51,6 +53,7 @@ def interpolate_weights(
 
     - Wortsman et al., 2022, "Robust fine-tuning of zero-shot models"
     """
+    check_model(model, "interpolate_weights")
     fraction = check_fraction(fraction, "fraction")
     given = {"start": _values(start), "end": _values(end)}
     for argument, values in given.items():

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_tl.arguments import check_count
+from keras_tl.arguments import check_count, check_model
 from keras_tl.backbone.freezing import count_params
 from keras_tl.backbone.selecting import flatten_layers
 from keras_tl.internals.device_memory import device_memory
@@ -84,7 +84,7 @@ def memory_report(model: keras.Model, *, batch_size: int | None = None) -> Memor
         A `MemoryReport`: print it for a line of text.
 
     Raises:
-        ValueError: If `batch_size` is below 1.
+        ValueError: If `model` is not a model, or `batch_size` is below 1.
 
     Example:
 
@@ -96,6 +96,7 @@ def memory_report(model: keras.Model, *, batch_size: int | None = None) -> Memor
     >>> print(memory_report(model, batch_size=32))
     weights 20.3 KiB, gradients 4.06 KiB, optimizer 8.14 KiB, activations about 2 KiB
     """
+    check_model(model, "memory_report")
     if batch_size is not None:
         check_count("batch_size", batch_size, at_least=1)
     slots = optimizer_weights(getattr(model, "optimizer", None)) is not None

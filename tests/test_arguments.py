@@ -12,7 +12,9 @@ from keras_tl import (
     Stage,
     find_learning_rate,
     fine_tune,
+    interpolate_weights,
     layerwise_learning_rates,
+    memory_report,
     scale_temperature,
     trainable_report,
     unwrap,
@@ -38,8 +40,18 @@ IN_PLACE_OF_A_MODEL = [
         lambda model: fine_tune(model, X, Y),
         lambda model: find_learning_rate(model, X, Y),
         lambda model: scale_temperature(model, X, Y),
+        lambda model: interpolate_weights(model, [], []),
+        memory_report,
     ],
-    ids=["FeatureCache", "unwrap", "fine_tune", "find_learning_rate", "scale_temperature"],
+    ids=[
+        "FeatureCache",
+        "unwrap",
+        "fine_tune",
+        "find_learning_rate",
+        "scale_temperature",
+        "interpolate_weights",
+        "memory_report",
+    ],
 )
 @pytest.mark.parametrize(("given", "words"), IN_PLACE_OF_A_MODEL)
 def test_what_is_no_model_is_refused_with_how_to_get_one(function, given, words, request):

@@ -207,6 +207,14 @@ def test_the_best_weights_are_those_of_the_best_epoch(make, tmp_path):
         assert same(now, best[kind]) and not same(now, last[kind])
 
 
+@unlisted
+def test_only_inference_mode_always_holds_what_keras_does_not_list(make, tmp_path):
+    layer, _ = make(tmp_path)
+    with pytest.raises(ValueError, match='Use `inference_mode="always"`') as error:
+        FrozenBackbone(layer, inference_mode="batchnorm")
+    assert unlisted_state(layer)[0].path in str(error.value)
+
+
 class Interrupt(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         if epoch == 3:

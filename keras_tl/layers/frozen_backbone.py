@@ -15,7 +15,13 @@ import keras
 
 from keras_tl.backbone import freezing
 from keras_tl.backbone.hand_frozen import NOTHING, HandFrozen, frozen_by_hand
-from keras_tl.backbone.selecting import Selection, batchnorm_layers, flatten_layers, no_such_layer
+from keras_tl.backbone.selecting import (
+    Selection,
+    batchnorm_layers,
+    flatten_layers,
+    no_such_layer,
+    unlisted_in,
+)
 from keras_tl.internals.graphs import operations_in_graph, outputs_in_graph
 from keras_tl.internals.layers import (
     NOT_OF_A_LAYER,
@@ -118,7 +124,8 @@ class FrozenBackbone(keras.layers.Layer):
         inference_mode: `"always"` calls all of the backbone with `training=False`. `"batchnorm"`
             keeps only BatchNormalization layers in inference mode, and the rest (Dropout,
             stochastic depth) follows `training` once something is unfrozen. Moving statistics are
-            constant in both. Defaults to `"always"`.
+            constant in both. Defaults to `"always"`, which is needed for a torch module or a
+            SavedModel in a layer: Keras does not know its BatchNorm.
         rematerialize: Bool. Whether activations of what trains in the backbone are computed again
             in the backward pass, block by block, instead of being kept: so an unfrozen backbone
             needs less memory, and its steps take longer, by up to one more forward pass. Nothing
@@ -254,6 +261,8 @@ class FrozenBackbone(keras.layers.Layer):
 
     def _hold(self, backbone: keras.Layer) -> None:
         """Makes the contexts of a call for the layers that the backbone has now."""
+        if self.inference_mode == "batchnorm":
+            _check_can_hold_batchnorm(backbone)
         self._batchnorm_in_inference = HeldInInference(batchnorm_layers(backbone))
         self._in_segments: Any = contextlib.nullcontext()
         if self.rematerialize:
@@ -568,6 +577,17 @@ def _check_has_graph(backbone: keras.Layer) -> None:
             "`rematerialize=True` needs a Functional or Sequential backbone, in whose graph blocks "
             f'can be found. Received "{backbone.name}" of type {type(backbone).__name__}. Make its '
             "layers in a `keras.RematScope`, with `rematerialize=False`."
+        )
+
+
+def _check_can_hold_batchnorm(backbone: keras.Layer) -> None:
+    """Raises a ValueError if there may be BatchNorm in what is not made of Keras' layers."""
+    unlisted = unlisted_in(backbone)
+    if unlisted:
+        raise ValueError(
+            '`inference_mode="batchnorm"` cannot keep statistics constant that Keras does not list '
+            f"among a layer's weights: {some([one.path for one in unlisted])}. Use "
+            '`inference_mode="always"`.'
         )
 
 
