@@ -292,3 +292,22 @@ def test_a_buffer_that_is_replaced_is_seen():
     layer.trainable = False
     with pytest.raises(FrozenWeightsChangedError, match="seen"):
         fit(on(layer), FreezeGuard(verbose=0), epochs=1)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the variables are TensorFlow's")
+def test_lists_that_tensorflow_refuses_to_look_into_are_looked_into():
+    import tensorflow as tf
+
+    class Holds(keras.Layer):
+        def __init__(self):
+            super().__init__()
+            self.held = tf.Module()
+            self.held.row = [tf.Variable(1.0), tf.Variable(2.0), "word", None]
+            self.held.row.pop(0)
+            self.held.by_name = {"one": tf.Variable(3.0), "again": self.held.row}
+
+        def call(self, x):
+            return x
+
+    found = unlisted_state(Holds())
+    assert sorted(float(one.numpy()) for one in found) == [2.0, 3.0]

@@ -46,7 +46,7 @@ def _found(layer: keras.Layer) -> Iterator[tuple[Any, tuple[str, Any]]]:
                 yield (module, key), (f"{name}{key}", value)
     elif keras.backend.backend() == "tensorflow":
         listed = {id(one.value) for one in layer.variables}
-        for value in _variables_in(layer, set()):
+        for value in _variables_in(layer, {}):
             if id(value) not in listed:
                 yield id(value), (value.name.removesuffix(":0"), value)
 
@@ -59,18 +59,33 @@ def _modules_in(module: Any, name: str) -> Iterator[tuple[str, Any]]:
             yield from _modules_in(child, f"{name}{key}.")
 
 
-def _variables_in(one: Any, seen: set[int]) -> Iterator[Any]:
+def _variables_in(one: Any, seen: dict[int, Any]) -> Iterator[Any]:
     """Yields the variables of TensorFlow that an object keeps outside of Keras' own."""
     import tensorflow as tf
 
-    for child in tf.train.TrackableView.children(one).values():
-        known = isinstance(child, (keras.Layer, keras.Variable, keras.Optimizer))
-        if not known and id(child) not in seen:
-            seen.add(id(child))
-            if isinstance(child, tf.Variable):
-                yield child
-            else:
-                yield from _variables_in(child, seen)
+    for child in _held_by(one):
+        of_keras = isinstance(child, (keras.Layer, keras.Variable, keras.Optimizer))
+        if of_keras or id(child) in seen:
+            continue
+        seen[id(child)] = child  # Kept, so that nothing else gets its id.
+        if isinstance(child, tf.Variable):
+            yield child
+        else:
+            yield from _variables_in(child, seen)
+
+
+def _held_by(one: Any) -> list[Any]:
+    """Returns what an object of TensorFlow holds by attributes, or in a list or dictionary."""
+    import tensorflow as tf
+
+    # TensorFlow refuses to look into those that were changed other than by appending.
+    if isinstance(one, (list, tuple)):
+        return list(one)
+    if isinstance(one, dict):
+        return list(one.values())
+    if isinstance(one, tf.__internal__.tracking.Trackable):
+        return list(tf.train.TrackableView.children(one).values())
+    return []
 
 
 @checked(SINCE_3_15)
