@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import html
+import inspect
 import logging
 import os
 from collections.abc import Iterable, Sequence
@@ -53,7 +55,7 @@ def did_you_mean(asked: str, names: Sequence[str]) -> str:
 
 
 def how_to_get_a_model(value: Any) -> str:
-    """Returns a hint for a file, a class or a function in place of a model, with a space before.
+    """Returns a hint for what is no model but may stand for one, with a space before.
 
     Example:
 
@@ -63,6 +65,12 @@ def how_to_get_a_model(value: Any) -> str:
     if isinstance(value, (str, os.PathLike)):
         load = f"keras.saving.load_model({os.fspath(value)!r})"
         return f" Of a file, pass the model that is in it: `{load}`."
+    makes = isinstance(value, (type, functools.partial)) or inspect.isroutine(value)
+    if callable(value) and not makes and not isinstance(value, keras.Layer):
+        return (
+            " What another framework has made becomes a layer of Keras in a "
+            "`keras.layers.TorchModuleWrapper`, `TFSMLayer` or `JaxLayer`."
+        )
     return how_to_call(value)
 
 

@@ -1,3 +1,4 @@
+import functools
 import re
 
 import keras
@@ -380,12 +381,19 @@ def test_refuses_bad_arguments(base, arguments, words):
         FrozenBackbone(base, **arguments)
 
 
+class OfAnotherFramework:
+    def __call__(self, x):
+        return x
+
+
 @pytest.mark.parametrize(
     ("given", "hint"),
     [
         ("base.keras", "(of type str). Of a file, pass the model that is in it: `keras.saving."),
         (keras.applications.Xception, "Call it, and pass what it returns: `Xception(...)`."),
         (keras.layers.Dense, "Call it, and pass what it returns: `Dense(...)`."),
+        (functools.partial(keras.applications.Xception, weights=None), "Call it, and pass what"),
+        (OfAnotherFramework(), "becomes a layer of Keras in a `keras.layers.TorchModuleWrapper`"),
     ],
 )
 def test_says_how_to_get_a_model(given, hint):
