@@ -10,10 +10,8 @@ import keras
 
 from keras_tl.internals.checked import SINCE_3_15, checked
 
-# By layer, and in it by what holds the value: the same variable as long as the layer lives.
-_KNOWN: weakref.WeakKeyDictionary[keras.Layer, dict[Any, keras.Variable]] = (
-    weakref.WeakKeyDictionary()
-)
+# By the layer or torch module that holds a value: the same variable as long as that lives.
+_KNOWN: weakref.WeakKeyDictionary[Any, dict[Any, keras.Variable]] = weakref.WeakKeyDictionary()
 
 
 def unlisted_state(layer: keras.Layer) -> list[keras.Variable]:
@@ -30,25 +28,26 @@ def unlisted_state(layer: keras.Layer) -> list[keras.Variable]:
     Returns:
         A list of `keras.Variable`, which share their values with what the layer holds.
     """
-    known = _KNOWN.setdefault(layer, {})
-    found = dict(_found(layer))
-    for key, (name, value) in found.items():
+    variables = []
+    for owner, key, name, value in _found(layer):
+        known = _KNOWN.setdefault(owner, {})
         if key not in known:
-            known[key] = _variable(layer, name, value, key)
-    return [known[key] for key in found]
+            known[key] = _variable(layer, name, value, weakref.ref(owner), key)
+        variables.append(known[key])
+    return variables
 
 
-def _found(layer: keras.Layer) -> Iterator[tuple[Any, tuple[str, Any]]]:
-    """Yields what tells a value from others, with its name and itself."""
+def _found(layer: keras.Layer) -> Iterator[tuple[Any, Any, str, Any]]:
+    """Yields what holds a value, what tells it from others there, its name, and itself."""
     if keras.backend.backend() == "torch":
         for name, module in _modules_in(layer, ""):
             for key, value in module.named_buffers(recurse=False):
-                yield (module, key), (f"{name}{key}", value)
+                yield module, key, f"{name}{key}", value
     elif keras.backend.backend() == "tensorflow":
         listed = {id(one.value) for one in layer.variables}
         for value in _variables_in(layer, {}):
             if id(value) not in listed:
-                yield id(value), (value.name.removesuffix(":0"), value)
+                yield layer, id(value), value.name.removesuffix(":0"), value
 
 
 def _modules_in(module: Any, name: str) -> Iterator[tuple[str, Any]]:
@@ -89,7 +88,9 @@ def _held_by(one: Any) -> list[Any]:
 
 
 @checked(SINCE_3_15)
-def _variable(layer: keras.Layer, name: str, value: Any, key: Any) -> keras.Variable:
+def _variable(
+    layer: keras.Layer, name: str, value: Any, owner: weakref.ref[Any], key: Any
+) -> keras.Variable:
     kind = _Buffer if keras.backend.backend() == "torch" else keras.Variable
     dtype = keras.backend.standardize_dtype(value.dtype)
     settings = {"trainable": False, "autocast": False, "dtype": dtype}
@@ -97,15 +98,18 @@ def _variable(layer: keras.Layer, name: str, value: Any, key: Any) -> keras.Vari
     variable = kind(value, name=name.replace("/", "_"), **settings)
     variable._path = f"{layer.path or layer.name}/{variable.name}"
     if isinstance(variable, _Buffer):
-        variable.holder = key
+        variable.place = owner, key
     return variable
 
 
 class _Buffer(keras.Variable):  # type: ignore[misc]
-    """A buffer of a torch module, which may get another tensor in its place."""
+    """A buffer of a torch module, which may put another tensor in its place."""
 
-    holder: tuple[Any, str] | None = None
+    place: tuple[weakref.ref[Any], str] | None = None
 
     @property
     def value(self) -> Any:
-        return self._value if self.holder is None else getattr(*self.holder)
+        if self.place is None:
+            return self._value
+        module, name = self.place
+        return getattr(module(), name)
