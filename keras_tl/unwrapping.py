@@ -146,7 +146,10 @@ class _Copies:
         config = keras.saving.serialize_keras_object(layer)
         config.pop("compile_config", None)
         try:
-            plain = keras.saving.deserialize_keras_object(_map_config(config, _without_wrapper))
+            # What is in memory already is as safe as it was: a Lambda, a module of torch.
+            plain = keras.saving.deserialize_keras_object(
+                _map_config(config, _without_wrapper), safe_mode=False
+            )
             for old, new in _pairs(layer, plain):
                 self._copy_state(old, new)
         except Exception as error:
@@ -154,7 +157,8 @@ class _Copies:
                 f'The layer "{layer.name}" (a {type(layer).__name__}) cannot be made again from '
                 "its configuration, for the reason in the error above. Give each layer of your own "
                 "in it a `get_config` from which it is whole, and decorate its class with "
-                "`keras.saving.register_keras_serializable`."
+                "`keras.saving.register_keras_serializable`; so too the function of a Lambda that "
+                "uses names of your module."
             ) from error
         return plain
 
@@ -222,7 +226,16 @@ def _compile_alike(
         if model.optimizer is not None:
             optimizer = _plain_optimizer(model.optimizer, copied)
             config["optimizer"] = keras.optimizers.serialize(optimizer)
-        plain.compile_from_config(_map_config(config, _without_shift))
+        config = _map_config(config, _without_shift)
+        before = getattr(plain, "optimizer", None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=r".*compile\(\)` was not called")
+            plain.compile_from_config(config)
+        # Keras does nothing then for a class with a `compile` of its own, as KerasHub's tasks are.
+        if plain.optimizer is before:
+            plain.compile(**keras.saving.deserialize_keras_object(config))
+            if plain.optimizer is not None:
+                plain.optimizer.build(plain.trainable_variables)
     except (TypeError, ValueError) as error:
         warnings.warn(
             f'The plain model "{plain.name}" is not compiled, because what "{model.name}" is '

@@ -1,5 +1,7 @@
 """KerasHub's tasks, plain and on a FrozenBackbone, made from small configurations."""
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -41,7 +43,6 @@ def text_task(wrap, preprocessor=None):
     return compiled(task), base
 
 
-@pytest.mark.filterwarnings("ignore:`compile..` was not called")
 def test_a_plain_task_that_has_prepared_strings_is_unwrapped():
     # Its preprocessor makes layers when it is first called, which a copy does not have.
     tokenizer = hub.BertTokenizer(vocabulary=WORDS)
@@ -49,7 +50,12 @@ def test_a_plain_task_that_has_prepared_strings_is_unwrapped():
     base = hub.BertBackbone(len(WORDS), 2, 2, 4, 8, max_sequence_length=8)
     task = hub.BertTextClassifier(base, preprocessor=preprocessor, num_classes=2)
     prepared = preprocessor(["the film", "was good"])
-    assert np.array_equal(unwrap(task)(prepared), task(prepared))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain = unwrap(compiled(task))
+    assert np.array_equal(plain(prepared), task(prepared))
+    assert plain.compiled
+    assert type(plain.optimizer) is type(task.optimizer)
 
 
 def compiled(task):

@@ -195,6 +195,14 @@ def test_weights_go_both_ways(tmp_path):
         assert loaded.predict(X, verbose=0).tobytes() == one.predict(X, verbose=0).tobytes()
 
 
+def test_a_lambda_is_copied():
+    inputs = keras.Input((models.FEATURES,))
+    x = keras.layers.Lambda(lambda x: x * 2.0 - 1.0)(inputs)
+    x = FrozenBackbone(models.functional(["dense"]))(x)
+    model = keras.Model(inputs, keras.layers.Dense(1)(x))
+    assert unwrap(model).predict(X, verbose=0).tobytes() == model.predict(X, verbose=0).tobytes()
+
+
 def test_what_cannot_be_unwrapped():
     with pytest.raises(ValueError, match="takes a `keras.Model`. Received: <Dense"):
         unwrap(keras.layers.Dense(1))

@@ -109,8 +109,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             with `stages`, `learning_rate_backbone_1` and so on, for what joined in each).
             Defaults to `None`: one new optimizer with `learning_rate` for all.
         warmup_steps: Int. Steps after a switch in which the learning rate of what is new rises
-            linearly from zero to the stage's. Defaults to `None`: 30 where a rate is to be found,
-            or else none.
+            linearly from zero to the stage's. Between epochs it is the stage's, so that this is
+            what logs, files and other callbacks have of it. Defaults to `None`: 30 where a rate is
+            to be found, or else none.
         fine_tune_patience: Int or None. Epochs without improvement in the last stage after which
             training stops. None trains to the last epoch. With `learning_rate="auto"`, that many
             after which a rate is given up. Defaults to `3`.

@@ -80,7 +80,9 @@ def _list_frame(callback: keras.callbacks.Callback) -> types.FrameType | None:
     frame = inspect.currentframe()
     while frame is not None:
         running = frame.f_locals.get("self")
-        if isinstance(running, keras.callbacks.CallbackList) and callback in running.callbacks:
+        if isinstance(running, keras.callbacks.CallbackList) and any(
+            one is callback for one in running.callbacks
+        ):
             return frame
         frame = frame.f_back
     return None

@@ -43,8 +43,8 @@ def check_neighbours(
             _check_backup_and_restore(backup)
         elif isinstance(one, keras.callbacks.SwapEMAWeights):
             _check_swap_ema_weights(one, before, backup, restores)
-        elif isinstance(one, keras.callbacks.EarlyStopping) and alike and not before:
-            _check_early_stopping(one.patience, patience)
+        elif isinstance(one, keras.callbacks.EarlyStopping) and not before:
+            _check_early_stopping(one, patience, alike, restores)
         elif isinstance(one, keras.callbacks.ReduceLROnPlateau) and alike:
             _check_plateau(one.patience, patience)
 
@@ -81,12 +81,20 @@ def _check_swap_ema_weights(
         )
 
 
-def _check_early_stopping(its: int, ours: int) -> None:
-    if its <= ours:
+def _check_early_stopping(
+    one: keras.callbacks.EarlyStopping, ours: int, alike: bool, restores: bool
+) -> None:
+    if restores and one.restore_best_weights:
         _warn(
-            f"EarlyStopping (patience={its}) is after UnfreezeAtConvergence (patience={ours}), and "
-            "will stop training while the backbone is frozen. Place it before "
-            "UnfreezeAtConvergence, and its stop counts as convergence; or drop it and pass "
+            "EarlyStopping(restore_best_weights=True) is after UnfreezeAtConvergence, so at the "
+            "end it puts its own best weights in place of those that this one has restored. Place "
+            "it before UnfreezeAtConvergence, or make it without `restore_best_weights`."
+        )
+    if alike and one.patience <= ours:
+        _warn(
+            f"EarlyStopping (patience={one.patience}) is after UnfreezeAtConvergence "
+            f"(patience={ours}), and will stop training while the backbone is frozen. Place it "
+            "before UnfreezeAtConvergence, and its stop counts as convergence; or drop it and pass "
             "`fine_tune_patience`."
         )
 

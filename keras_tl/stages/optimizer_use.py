@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import keras
@@ -27,21 +28,38 @@ class OptimizerUse:
 
     def __init__(self, model: keras.Model):
         self._own = own_optimizers(model)
-        self._optimizer = model.optimizer
-        self._before = _state(model.optimizer)
+        self._looks = has_own_train_step(model)
+        self.begin(model)
         if self._own and has_own_train_step(model) and _is_default(model.optimizer):
             raise ValueError(self._message(model, "is the one that Keras makes by default"))
 
-    def check(self, model: keras.Model) -> None:
-        """Raises a ValueError if the steps since have not used the optimizer.
+    def begin(self, model: keras.Model) -> None:
+        """Begins to look at the optimizer that the model has now."""
+        self._optimizer = model.optimizer
+        self._before = _state(model.optimizer)
+
+    def check(self, model: keras.Model, *, frozen: bool) -> None:
+        """Raises a ValueError if the steps since it began have not used the optimizer.
 
         Args:
             model: The model, after at least one step.
+            frozen: Bool. Whether the backbone is frozen. In a model with several optimizers the
+                one of the backbone makes no step then, so this is a warning.
         """
-        if not has_own_train_step(model) or model.optimizer is not self._optimizer:
+        if not self._looks or model.optimizer is not self._optimizer:
             return
-        if _state(model.optimizer) == self._before:
-            raise ValueError(self._message(model, "has made no step in this epoch"))
+        self._looks = _state(model.optimizer) == self._before
+        if not self._looks:
+            return
+        message = self._message(model, "has made no step in this epoch")
+        if not (frozen and self._own):
+            raise ValueError(message)
+        self._optimizer = None  # Nothing to look at until the switch.
+        warnings.warn(
+            f"{message} If they do so, all is well: the backbone is frozen, and this is looked at "
+            "again once it trains.",
+            stacklevel=4,
+        )
 
     def _message(self, model: keras.Model, why: str) -> str:
         own = ", ".join(f"`{name}`" for name in self._own)

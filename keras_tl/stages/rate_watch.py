@@ -188,7 +188,7 @@ def _overrides(callback: keras.callbacks.Callback, hook: str) -> bool:
         return False  # Keras calls it from another thread.
     default = keras.callbacks.Callback
     return any(
-        name in vars(callback) or getattr(type(callback), name) is not getattr(default, name)
+        getattr(getattr(callback, name, None), "__func__", None) is not getattr(default, name)
         for name in (hook, *_HOOKS[hook])
     )
 

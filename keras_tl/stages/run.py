@@ -72,7 +72,8 @@ class Run:
         self._entered = entered
         # Once a run: the stack is walked for it, and Keras has no other way to see who is beside.
         self._beside = callbacks_beside(callback)
-        self._position = self._beside.index(callback)
+        # By identity: a callback may define equality.
+        self._position = next(i for i, one in enumerate(self._beside) if one is callback)
         check_neighbours(
             self._beside,
             self._position,
@@ -109,8 +110,8 @@ class Run:
             warmup_steps=self._warmup_steps,
             keeps_start=callback.interpolate is not None,
         )
+        self.state.finish_warm_up()  # Of a fit that was interrupted.
         if last is not None:
-            last.state.finish_warm_up()  # Of a fit that was interrupted.
             self.state.renewed_optimizer = last.state.renewed_optimizer
         self._steps_before = 0
         self._prepared = is_built(model)
@@ -137,8 +138,11 @@ class Run:
 
     def begin(self) -> None:
         """Finds the stage that the model is in, or resumes the run in the backup."""
+        first, after = observers.Observer(), observers.Observer()
+        first.on_epoch_end = self._pause_warm_up
         around = early_stops.observers(self._early_stopping())
-        observers.place(self._callback, [*around, *self._rates.observers()])
+        around = [(self._beside[0], first, after), *around, *self._rates.observers()]
+        observers.place(self._callback, around)
         self._freeze_untouched()
         self.state.begin_stage(0)
         if self._prepared:
@@ -187,14 +191,20 @@ class Run:
         if warm_up is not None and self._model and warm_up.before_step():
             self.state.warm_up = None
 
+    def _pause_warm_up(self, *_: Any) -> None:
+        """Gives the model its full rates, before any callback reads or scales them."""
+        warm_up = self.state.warm_up
+        if warm_up is not None and self._model:
+            warm_up.pause()
+
     def end_epoch(self, epoch: int, logs: dict[str, Any]) -> None:
         """Decides what follows from an epoch, and adds to its logs."""
+        self._pause_warm_up()  # Where hooks are called by hand, nothing is before this one.
         model, state = self._model, self.state
         stopped_early = early_stops.stopped_early(model, logs)
         self._prepare()
         if self._optimizer_use is not None:
-            self._optimizer_use.check(model)
-            self._optimizer_use = None
+            self._optimizer_use.check(model, frozen=self.stage == 0)
         data = data_of_fit(self._callback)
         validates = "validation_data" in data if data else None
         # Counted, for of a generator nobody else knows.
@@ -267,6 +277,8 @@ class Run:
     def _switch(self, epoch: int, reason: str) -> None:
         why = self._decisions.explained(self.state.progress, reason)
         transition = self.state.switch(epoch, reason, data_of_fit(self._callback))
+        if self._optimizer_use is not None:
+            self._optimizer_use.begin(self._model)
         if self.stage > self._staged.first_annealed:
             what = "goes back to the best weights, and to a third of the learning rate, for"
         else:
@@ -282,7 +294,7 @@ class Run:
         tensorboard.write_switch(self._beside, epoch, block)
         for callback in self._restarting():
             # In its `on_train_begin` Keras has a callback forget what it has judged so far.
-            callback.on_train_begin()
+            callback.on_train_begin({})
 
     def _early_stopping(self) -> list[keras.callbacks.EarlyStopping]:
         """The EarlyStopping callbacks before ours, which run in stages as it does."""

@@ -22,7 +22,7 @@ from keras_tl.stages.progress import Progress, read
 from keras_tl.stages.rate_watch import RateWatch, rates_set
 from keras_tl.stages.staged_model import StagedModel
 from keras_tl.stages.transition import Transition
-from keras_tl.stages.warm_up import WarmUp
+from keras_tl.stages.warm_up import WarmUp, give_full_rates
 
 
 class TrainingState:
@@ -76,9 +76,8 @@ class TrainingState:
 
     def finish_warm_up(self) -> None:
         """Gives the model the full learning rates, if a warm-up has not come to its end."""
-        if self.warm_up is not None:
-            self.warm_up.finish()
-            self.warm_up = None
+        give_full_rates(self._staged.optimizers())
+        self.warm_up = None
 
     def keep_best(self, epoch: int, value: float) -> None:
         """Copies the weights if those of this epoch are the best of the stage or of the run."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -10,12 +11,18 @@ import numpy as np
 from keras_tl.internals.values import on_host
 from keras_tl.optimizers.groups import learning_rate_of
 
+# By optimizer that has the rate of a step now: its full rate, and that one. With the optimizer and
+# not with a warm-up, for what cuts an epoch short leaves it to whoever trains the model next.
+_FULL: weakref.WeakKeyDictionary[keras.Optimizer, tuple[float, float]] = weakref.WeakKeyDictionary()
+
 
 class WarmUp:
     """Raises the learning rates of fresh optimizers linearly from zero to what they are.
 
-    At the step at which an optimizer has made n updates its rate is `n / steps` of the full one. If
-    another callback sets the rate meanwhile, that rate is kept, and the warm-up is over.
+    At the step at which an optimizer has made n updates its rate is `n / steps` of the full one.
+    Between epochs it has the full one, so that this is what other callbacks read, scale and save;
+    what they make of it is what the warm-up goes on to. If another callback sets a rate between the
+    steps of an epoch, that rate is kept, and the warm-up is over.
 
     Args:
         optimizers: List of `keras.optimizers.Optimizer`, each with a number for a learning rate.
@@ -26,48 +33,63 @@ class WarmUp:
     def __init__(self, optimizers: Sequence[keras.Optimizer], steps: int):
         self._optimizers = optimizers
         self._steps = steps
-        # By index: the full rate, and the one that was set last.
-        self._full: dict[int, float] = {}
-        self._set: dict[int, float] = {}
-        for index, optimizer in enumerate(optimizers):
-            if optimizer.built and _updates(optimizer) == 0:
-                self._full[index] = self._set[index] = learning_rate_of(optimizer)
+        self._rising = [
+            index for index, one in enumerate(optimizers) if one.built and _updates(one) == 0
+        ]
 
     def before_step(self) -> bool:
         """Sets the rates for the next step. Returns whether the warm-up is over."""
-        for index in [*self._full]:
-            if self._was_set(index):
-                done = min(1.0, _updates(self._optimizers[index]) / self._steps)
-                self._set_rate(index, done * self._full[index])
-                if done < 1.0:
-                    continue
-            del self._full[index]
-        return not self._full
+        self.pause()
+        for index in [*self._rising]:
+            optimizer = self._optimizers[index]
+            done = _updates(optimizer) / self._steps
+            if done >= 1.0:
+                self._rising.remove(index)
+                continue
+            full = learning_rate_of(optimizer)
+            _FULL[optimizer] = full, done * full
+            optimizer.learning_rate = done * full
+        return not self._rising
 
-    def finish(self) -> None:
-        """Sets the full rates."""
-        for index, full in self._full.items():
-            if self._was_set(index):
-                self._set_rate(index, full)
+    def pause(self) -> None:
+        """Sets the full rates, until the next step."""
+        for index in [*self._rising]:
+            if not give_full_rates([self._optimizers[index]]):
+                self._rising.remove(index)
 
     def get_state(self) -> dict[str, float]:
         """Returns the full rates by index, as JSON can hold them, for `set_state`."""
-        return {str(index): full for index, full in self._full.items() if self._was_set(index)}
+        return {str(index): learning_rate_of(self._optimizers[index]) for index in self._rising}
 
     def set_state(self, state: Mapping[str, float]) -> None:
-        """Continues from what `get_state` returned, with the rates that the optimizers have."""
-        self._full = {int(index): full for index, full in state.items()}
-        self._set = {index: learning_rate_of(self._optimizers[index]) for index in self._full}
+        """Continues from what `get_state` returned."""
+        self._rising = [int(index) for index in state]
+        for index in self._rising:
+            # A backup of version 0.2.0 has the rate of a step among the optimizer's variables.
+            self._optimizers[index].learning_rate = state[str(index)]
 
-    def _was_set(self, index: int) -> bool:
-        """Whether the rate is still the one that was set here."""
+
+def give_full_rates(optimizers: Iterable[keras.Optimizer]) -> bool:
+    """Sets the full rates of optimizers that have the rate of a step.
+
+    Args:
+        optimizers: Iterable of `keras.optimizers.Optimizer`.
+
+    Returns:
+        Whether each has its full rate now: not where something else has set another one.
+    """
+    whole = True
+    for optimizer in optimizers:
+        full, of_step = _FULL.pop(optimizer, (None, None))
+        if full is None:
+            continue
         # The optimizer holds it in `floatx`, which rounds it.
-        expected = np.dtype(keras.config.floatx()).type(self._set[index])
-        return learning_rate_of(self._optimizers[index]) == float(expected)
-
-    def _set_rate(self, index: int, rate: float) -> None:
-        self._set[index] = rate
-        self._optimizers[index].learning_rate = rate
+        expected = np.dtype(keras.config.floatx()).type(of_step)
+        if learning_rate_of(optimizer) == float(expected):
+            optimizer.learning_rate = full
+        else:
+            whole = False
+    return whole
 
 
 def _updates(optimizer: keras.Optimizer) -> int:

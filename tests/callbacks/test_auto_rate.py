@@ -218,8 +218,13 @@ def test_says_what_it_does(capsys):
 
 @pytest.mark.eager
 def test_fine_tune_takes_it():
+    model, rates = build(), []
+
+    def note(batch, logs=None):
+        rates.append(float(model.optimizer.learning_rate))
+
     history = fine_tune(
-        build(),
+        model,
         X,
         Y,
         validation_data=(X, Y),
@@ -227,10 +232,12 @@ def test_fine_tune_takes_it():
         max_frozen_epochs=1,
         learning_rate="auto",
         verbose=0,
+        callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=note)],
     ).history
-    rates = np.array(history["learning_rate"])[np.array(history["stage"]) == 1]
-    assert len(rates) == 3
-    assert rates.max() < 1e-3  # 30 steps of warm-up, of which each epoch has one.
+    assert history["stage"] == [0, 1, 1, 1]
+    # 30 steps of warm-up, of which each epoch has one.
+    np.testing.assert_allclose(rates[1:], [0, 1e-3 / 30, 2e-3 / 30], rtol=1e-6)
+    np.testing.assert_allclose(history["learning_rate"][1:], 1e-3, rtol=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,8 @@ def test_ctrl_c_leaves_the_model_as_it_was_trained(hook, stage):
 
 
 @pytest.mark.eager
-def test_a_warm_up_that_was_interrupted_is_over_in_the_next_fit():
+@pytest.mark.parametrize("new", [False, True])
+def test_a_warm_up_that_was_interrupted_is_over_in_the_next_fit(new):
     model, _ = build()
     callback = ours(warmup_steps=100)
 
@@ -101,7 +102,8 @@ def test_a_warm_up_that_was_interrupted_is_over_in_the_next_fit():
     with pytest.raises(KeyboardInterrupt):
         fit(model, callback, keras.callbacks.LambdaCallback(on_train_batch_end=interrupt))
     assert float(model.optimizer.learning_rate) < 1e-4
-    history = fit(model, callback, epochs=1)
+    history = fit(model, ours() if new else callback, epochs=1)
+    assert history["stage"] == [1]
     np.testing.assert_allclose(history["learning_rate"], [1e-3], rtol=1e-6)
 
 

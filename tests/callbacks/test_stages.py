@@ -636,18 +636,47 @@ def test_a_group_that_goes_on_has_the_full_rate_where_its_warm_up_was_cut_short(
 
 
 @pytest.mark.eager
-def test_warm_up_ends_when_another_callback_sets_the_rate():
+def test_warm_up_ends_when_another_callback_sets_the_rate_of_a_step():
     model, _ = build()
-    rates = Rates()
+    rates, steps = Rates(), itertools.count()
 
-    class Sets(keras.callbacks.Callback):
-        def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 2:
-                self.model.optimizer.learning_rate = 0.5
+    def sets(batch, logs=None):
+        if next(steps) == 3:
+            model.optimizer.learning_rate = 0.5
 
     callback = UnfreezeAtConvergence(1e-3, max_frozen_epochs=1, warmup_steps=10, verbose=0)
-    fit_in_two_steps(model, callback, Sets(), rates, epochs=4)
-    np.testing.assert_allclose(rates.rates[2:], [0, 1e-4, 0.5, 0.5, 0.5, 0.5], rtol=1e-5)
+    setting = keras.callbacks.LambdaCallback(on_train_batch_begin=sets)
+    fit_in_two_steps(model, callback, setting, rates, epochs=4)
+    np.testing.assert_allclose(rates.rates[2:], [0, 0.5, 0.5, 0.5, 0.5, 0.5], rtol=1e-5)
+
+
+@pytest.mark.eager
+@pytest.mark.parametrize("after", [False, True])
+def test_warm_up_goes_on_to_what_another_callback_makes_of_the_rate(after):
+    model, _ = build()
+    rates = Rates()
+    callback = UnfreezeAtConvergence(1e-3, max_frozen_epochs=1, warmup_steps=4, verbose=0)
+    both = [keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2), callback]
+    history = fit_in_two_steps(model, *(both[::-1] if after else both), rates, epochs=5)
+    # The switch, in `on_epoch_begin`, is after the scheduler or before it.
+    full = 5e-4 if after else 1e-3
+    expected = [full * part for part in (0, 1 / 4, 1 / 4, 3 / 8, 1 / 4, 1 / 4, 1 / 8, 1 / 8)]
+    np.testing.assert_allclose(rates.rates[2:], expected, rtol=1e-5)
+    np.testing.assert_allclose(
+        history["learning_rate"][1:], [full / 2**n for n in range(4)], rtol=1e-6
+    )
+
+
+@pytest.mark.eager
+def test_what_sees_the_model_between_epochs_sees_the_full_rate(tmp_path):
+    model, _ = build()
+    seen = Recorder(lambda model: float(model.optimizer.learning_rate))
+    saving = keras.callbacks.ModelCheckpoint(tmp_path / "{epoch}.keras")
+    callback = UnfreezeAtConvergence(1e-3, max_frozen_epochs=1, warmup_steps=50, verbose=0)
+    fit_in_two_steps(model, seen, saving, callback, epochs=3)
+    np.testing.assert_allclose(seen.records, [0.01, 1e-3, 1e-3], rtol=1e-6)
+    loaded = keras.models.load_model(tmp_path / "2.keras")
+    assert float(loaded.optimizer.learning_rate) == np.float32(1e-3)
 
 
 @pytest.mark.eager

@@ -3,6 +3,7 @@
 import weakref
 
 import keras
+import numpy as np
 import pytest
 
 from keras_tl import (
@@ -241,10 +242,48 @@ def test_an_optimizer_that_keras_makes_by_default_beside_others_is_an_error_at_o
 
 @pytest.mark.eager
 @TORCH_HAS_NO_TAPE
-def test_an_optimizer_that_made_no_step_is_an_error_at_the_first_epochs_end():
+def test_an_optimizer_that_made_no_step_is_an_error_once_the_backbone_trains():
     model = OwnOptimizer()
     model.compile(keras.optimizers.Adam(), optimizer="adam")
-    assert steps_until_error(model, switch(), "has made no step in this epoch") == 2
+    model.own.build(model.trained.weights)  # Or Keras refuses what it does not know.
+    with pytest.warns(UserWarning, match="no step in this epoch.*looked at again once it trains"):
+        # Two steps in each epoch, and the ends of those before the last.
+        assert steps_until_error(model, switch(), "has made no step in this epoch") == 3 * 2 + 2
+
+
+class OneForEach(OwnOptimizer):
+    """A model that trains its backbone with `self.optimizer`, and the rest with another one."""
+
+    def train_step(self, *args):
+        import tensorflow as tf
+
+        x, y = args[0]
+        with tf.GradientTape(persistent=True) as tape:
+            loss = tf.reduce_mean((self(x, training=True) - y) ** 2)
+        weights = self.trainable_weights
+        of_backbone = {id(one) for one in models.frozen_backbone_of(self.trained).weights}
+        for optimizer, its in ((self.own, False), (self.optimizer, True)):
+            pairs = zip(tape.gradient(loss, weights), weights, strict=True)
+            pairs = [(grad, one) for grad, one in pairs if (id(one) in of_backbone) is its]
+            if pairs:
+                optimizer.apply(*zip(*pairs, strict=True))
+        return {"loss": loss}
+
+
+@pytest.mark.eager
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="its step uses a tape")
+def test_an_optimizer_for_the_backbone_alone_is_no_error():
+    model = OneForEach()
+    model.compile(keras.optimizers.Adam(), optimizer=keras.optimizers.Adam(0.5), run_eagerly=True)
+    model(X[:1])
+    backbone = models.frozen_backbone_of(model.trained)
+    before = Recorder(lambda _: values_of(backbone))
+    with pytest.warns(UserWarning, match="looked at again once it trains"):
+        model.fit(X, Y, epochs=4, verbose=0, callbacks=[switch(learning_rate=1e-3), before])
+    first, second, third, fourth = before.records
+    assert first == second
+    assert second != third != fourth
+    assert float(model.optimizer.learning_rate) == np.float32(1e-3)
 
 
 class OwnStep(keras.Model):

@@ -8,6 +8,7 @@ import csv
 import functools
 import json
 import warnings
+from unittest import mock
 
 import keras
 import numpy as np
@@ -209,6 +210,47 @@ def test_early_stopping_after():
     with pytest.warns(UserWarning, match="Place it before UnfreezeAtConvergence, and its stop"):
         history = fit(model, ours(), stopping).history
     assert history["stage"] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("monitor", ["score", "loss"])
+def test_early_stopping_after_that_restores_other_weights(monitor):
+    stopping = keras.callbacks.EarlyStopping(
+        monitor, mode="min", patience=9, restore_best_weights=True
+    )
+    with pytest.warns(UserWarning, match="puts its own best weights in place of those"):
+        fit(build(), ours(restore_best_weights=True), stopping)
+    with no_warnings():
+        fit(build(), stopping, ours(restore_best_weights=True))
+
+
+class StartsOver(keras.callbacks.EarlyStopping):
+    """Takes what Keras passes."""
+
+    def on_train_begin(self, logs):
+        self.given = [*getattr(self, "given", []), dict(logs)]
+        super().on_train_begin(logs)
+
+
+def test_what_starts_over_is_given_what_keras_gives_it():
+    stopping = StartsOver("score", mode="min", patience=9)
+    assert fit(build(), stopping, ours()).history["stage"] == STAGES
+    assert stopping.given == [{}, {}]
+
+
+class LooksEqual(keras.callbacks.Callback):
+    """A callback that equals each other one, as an array that has no truth."""
+
+    __hash__ = None
+
+    def __eq__(self, other):
+        return np.ones(2) == 1.0
+
+
+@pytest.mark.parametrize(
+    "other", [LooksEqual, lambda: mock.MagicMock(spec=keras.callbacks.Callback)]
+)
+def test_a_callback_is_known_by_identity_and_by_what_it_has(other, both_orders):
+    assert fit(build(), *both_orders(other(), ours())).history["stage"] == STAGES
 
 
 @pytest.mark.parametrize(

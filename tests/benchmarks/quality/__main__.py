@@ -28,7 +28,7 @@ import numpy as np
 from keras_tl import scale_temperature
 from keras_tl.visualization.axes import COLORS, GRAY
 from tests.benchmarks.quality.options import OPTIONS
-from tests.benchmarks.quality.pairs import PAIRS, MissingError
+from tests.benchmarks.quality.pairs import PAIRS, UNSEEN, MissingError
 from tests.benchmarks.quality.ways import WAYS
 
 FOLDER = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
@@ -98,7 +98,7 @@ def run_all(names, ways, seeds, path):
     """Does the runs that there are not yet."""
     for name in names:
         try:
-            pair = PAIRS[name](path.parent)
+            pair = (PAIRS | UNSEEN)[name](path.parent)
         except MissingError as missing:
             print(f"{name}: left out. It needs `{missing}`", flush=True)
             continue
@@ -180,7 +180,7 @@ def draw(results, names, path):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n", maxsplit=1)[0])
-    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS | UNSEEN, default=list(PAIRS))
     parser.add_argument("--ways", nargs="+", choices=KNOWN, default=list(WAYS))
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--cache", type=pathlib.Path, default=FOLDER / "keras_tl")
