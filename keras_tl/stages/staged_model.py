@@ -202,6 +202,8 @@ class StagedModel:
 
     def _compiled_for_fine_tuning(self) -> bool:
         rate = learning_rate_of(self._model.optimizer)
+        if math.isclose(rate, annealing.first_rate(self._model.optimizer), rel_tol=1e-6):
+            return False  # What a model has to which nobody gave a rate.
         # Those that are tried are common rates of a head too.
         given = [one.learning_rate for one in self._stages[: self.first_annealed - 1]]
         return any(math.isclose(rate, one, rel_tol=1e-6) for one in given if isinstance(one, float))

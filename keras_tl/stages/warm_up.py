@@ -65,7 +65,7 @@ class WarmUp:
         """Continues from what `get_state` returned."""
         self._rising = [int(index) for index in state]
         for index in self._rising:
-            # A backup of version 0.2.0 has the rate of a step among the optimizer's variables.
+            # An older backup has the rate of a step among the optimizer's variables.
             self._optimizers[index].learning_rate = state[str(index)]
 
 

@@ -1,6 +1,7 @@
 import csv
 import math
 import re
+import warnings
 
 import keras
 import numpy as np
@@ -404,9 +405,18 @@ def test_trainable_plain_backbone_that_no_stage_left_so_is_frozen(trained_first)
 
 def test_fine_tuned_plain_backbone_whose_flags_and_steps_are_lost_is_frozen_with_a_warning():
     model, base = plain(["dense"])
-    model.compile(keras.optimizers.Adam(1e-3), "mse")
+    model.compile(keras.optimizers.Adam(2e-3), "mse")
     with pytest.warns(UserWarning, match="the learning rate of a fine-tuning stage.*To continue"):
-        history = scripted_fit(model, unfreezer(backbone=base), [1, 1, 1])
+        history = scripted_fit(model, unfreezer(2e-3, backbone=base), [1, 1, 1])
+    assert history.history["stage"] == [0, 0, 1]
+
+
+def test_a_plain_backbone_compiled_with_the_usual_rate_is_not_taken_for_fine_tuned():
+    model, base = plain(["dense"])
+    model.compile("adam", "mse")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        history = scripted_fit(model, unfreezer(1e-3, backbone=base), [1, 1, 1])
     assert history.history["stage"] == [0, 0, 1]
 
 
