@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -76,6 +77,7 @@ def unwrap(model: keras.Model, *, flatten: bool = False) -> keras.Model:
     plain = copies.of(model)
     if graph_outputs(plain) is not None:
         plain(graph_inputs(plain))  # Keras exports some formats only of models that were called.
+    copies.copy_states()
     if model.compiled:
         _compile_alike(plain, model, copies.variables)
     return plain
@@ -96,6 +98,7 @@ class _Copies:
         self._flatten = flatten
         self._made: dict[int, Any] = {}
         self._graphs: dict[int, Callable[[Sequence[Any]], Any]] = {}
+        self._made_anew: list[tuple[keras.Layer, keras.Layer]] = []
 
     def of(self, operation: Any) -> Any:
         """Returns the copy of a layer. What has no weights to copy, such as `x + y`, is itself."""
@@ -145,22 +148,24 @@ class _Copies:
     def _made_again(self, layer: keras.Layer) -> keras.Layer:
         config = keras.saving.serialize_keras_object(layer)
         config.pop("compile_config", None)
-        try:
+        with _explained(layer):
             # What is in memory already is as safe as it was: a Lambda, a module of torch.
             plain = keras.saving.deserialize_keras_object(
                 _map_config(config, _without_wrapper), safe_mode=False
             )
+        with contextlib.suppress(ValueError):  # A layer may make others when it is first called.
             for old, new in _pairs(layer, plain):
-                self._copy_state(old, new)
-        except Exception as error:
-            raise ValueError(
-                f'The layer "{layer.name}" (a {type(layer).__name__}) cannot be made again from '
-                "its configuration, for the reason in the error above. Give each layer of your own "
-                "in it a `get_config` from which it is whole, and decorate its class with "
-                "`keras.saving.register_keras_serializable`; so too the function of a Lambda that "
-                "uses names of your module."
-            ) from error
+                # Another layer of the model may be this one too, as with tied embeddings.
+                self._made.setdefault(id(old), new)
+        self._made_anew.append((layer, plain))
         return plain
+
+    def copy_states(self) -> None:
+        """Gives the copies the state of the layers, once all are built, some by their call."""
+        for layer, plain in self._made_anew:
+            with _explained(layer):
+                for old, new in _pairs(layer, plain):
+                    self._copy_state(old, new)
 
     def _copy_state(self, old: keras.Layer, new: keras.Layer) -> None:
         store: dict[str, Any] = {}
@@ -174,6 +179,21 @@ class _Copies:
             if weight.name in weights:
                 set_weight_flag(weights[weight.name], weight.trainable)
                 self.variables.append((weight, weights[weight.name]))
+
+
+@contextlib.contextmanager
+def _explained(layer: keras.Layer) -> Iterator[None]:
+    """Says of an error that a layer cannot be made again, and what to do."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(
+            f'The layer "{layer.name}" (a {type(layer).__name__}) cannot be made again from '
+            "its configuration, for the reason in the error above. Give each layer of your own "
+            "in it a `get_config` from which it is whole, and decorate its class with "
+            "`keras.saving.register_keras_serializable`; so too the function of a Lambda that "
+            "uses names of your module."
+        ) from error
 
 
 def _holds_wrapper(layer: keras.Layer) -> bool:

@@ -195,6 +195,38 @@ def test_weights_go_both_ways(tmp_path):
         assert loaded.predict(X, verbose=0).tobytes() == one.predict(X, verbose=0).tobytes()
 
 
+@keras.saving.register_keras_serializable(package="tests")
+class BuiltByItsCall(keras.Layer):
+    """A layer without `build`, whose sublayers are built when it is first called."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.first, self.second = keras.layers.Dense(3), keras.layers.Dense(2)
+
+    def call(self, x):
+        return self.second(self.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:`build..` was called on layer")
+def test_a_layer_that_its_first_call_builds():
+    inputs = keras.Input((models.FEATURES,))
+    x = BuiltByItsCall()(FrozenBackbone(models.functional(["dense"]))(inputs))
+    model = keras.Model(inputs, x)
+    assert unwrap(model).predict(X, verbose=0).tobytes() == model.predict(X, verbose=0).tobytes()
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_a_layer_that_is_in_the_backbone_and_outside_is_one(flatten):
+    tied = keras.layers.Dense(models.FEATURES, name="tied")
+    inputs = keras.Input((models.FEATURES,))
+    base = keras.Model(inputs, keras.layers.Dense(models.FEATURES)(tied(inputs)))
+    outer = keras.Input((models.FEATURES,))
+    model = keras.Model(outer, tied(FrozenBackbone(base)(outer)))
+    plain = unwrap(model, flatten=flatten)
+    assert plain.count_params() == model.count_params()
+    assert plain.predict(X, verbose=0).tobytes() == model.predict(X, verbose=0).tobytes()
+
+
 def test_a_lambda_is_copied():
     inputs = keras.Input((models.FEATURES,))
     x = keras.layers.Lambda(lambda x: x * 2.0 - 1.0)(inputs)

@@ -89,11 +89,13 @@ class SplitModel:
             symbolic = keras.tree.map_structure(_placeholder, inputs)
             try:
                 spec = self._extractors[True](symbolic)
-            except RuntimeError as error:  # As Keras raises it on torch, whatever layers raise.
+            except Exception as error:  # Each backend has its own.
+                sizes_open = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
+                why = "its layers need sizes that its inputs leave open" if sizes_open else error
                 raise UncacheableError(
-                    f'The shapes of the features of "{model.name}" '
-                    f"cannot be known before they are called on data: {error} Train "
-                    "through the backbone."
+                    f'The shapes of the features of "{model.name}" cannot be known before it is '
+                    f"called on data: {why}. Give its inputs whole shapes, or train through the "
+                    "backbone."
                 ) from error
             self.features = dict(spec)
             self._check_no_loss(symbolic)

@@ -379,3 +379,25 @@ def test_strings_as_targets(model):
     data = tf.data.Dataset.from_tensors((X, np.array(["a"] * 20)))
     with pytest.raises(ValueError, match="Strings cannot be recorded.*Encode"):
         FeatureCache(model)(data, verbose=0)
+
+
+class NeedsSizes(keras.layers.Layer):
+    """A layer that returns as much as it is given, and looks at how much that is."""
+
+    def call(self, x):
+        if x.shape[1] != 6:
+            raise TypeError(f"This many are not allowed: {x.shape[1]}.")
+        return x
+
+    def compute_output_shape(self, shape):
+        return shape
+
+
+def test_shapes_that_cannot_be_known_are_an_error_that_says_what_to_do():
+    inputs = keras.Input((None, 2))
+    base = keras.Model(inputs, NeedsSizes()(keras.layers.Dense(3)(inputs)))
+    outer = keras.Input((None, 2))
+    pooled = keras.layers.GlobalAveragePooling1D()(FrozenBackbone(base)(outer))
+    model = keras.Model(outer, keras.layers.Dense(1)(pooled))
+    with pytest.raises(ValueError, match="sizes that its inputs leave open. Give its inputs whole"):
+        FeatureCache(model)
