@@ -317,12 +317,16 @@ def recompile_head(head: keras.Model, model: keras.Model) -> None:
 
 
 def _operations(model: keras.Model, backbones: Backbones) -> list[keras.Layer]:
-    """The layers of a model's graph that the backbones are, are in, or are made of."""
-    wanted = {id(layer) for layer in flatten_layers([*backbones.wrapped, *backbones.plain])}
+    """The layers of a model's graph that the backbones are, are in, or are made of.
+
+    Not those that share a part with one, as the head of a masked language model does.
+    """
+    whole = [*backbones.wrapped, *backbones.plain]
+    wanted, parts = {id(one) for one in whole}, {id(one) for one in flatten_layers(whole)}
     found = [
         layer
         for layer in model.layers
-        if any(id(one) in wanted for one in flatten_layers(layer))
+        if (id(layer) in parts or any(id(one) in wanted for one in flatten_layers(layer)))
         and not isinstance(layer, keras.layers.InputLayer)
     ]
     if not found:

@@ -196,13 +196,19 @@ def calls_in_inference(layer: keras.Layer) -> bool:
 
 def _takes(model: keras.Model, call: GraphCall) -> bool:
     """Whether a call has nothing but the inputs of a model as arguments."""
-    if len(call.unnamed) != 1 or set(call.settings) - {"training"}:
+    # Of several inputs Keras notes the mask of each, also where none has one.
+    given = {
+        name
+        for name, value in call.settings.items()
+        if any(one is not None for one in keras.tree.flatten(value))
+    }
+    if len(call.unnamed) != 1 or given - {"training"}:
         return False
-    inputs, given = graph_inputs(model), call.unnamed[0]
-    if len(keras.tree.flatten(inputs)) == len(keras.tree.flatten(given)) == 1:
+    inputs, unnamed = graph_inputs(model), call.unnamed[0]
+    if len(keras.tree.flatten(inputs)) == len(keras.tree.flatten(unnamed)) == 1:
         return True
     try:
-        keras.tree.assert_same_structure(inputs, given)
+        keras.tree.assert_same_structure(inputs, unnamed)
     except (ValueError, TypeError):
         return False
     return True

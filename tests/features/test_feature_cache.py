@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_tl import FeatureCache, FrozenBackbone
+from keras_tl.features.unrolled import Unrolled
 from tests import models
 from tests.shared import as_bytes, regression_data, values_of
 
@@ -401,3 +402,47 @@ def test_shapes_that_cannot_be_known_are_an_error_that_says_what_to_do():
     model = keras.Model(outer, keras.layers.Dense(1)(pooled))
     with pytest.raises(ValueError, match="sizes that its inputs leave open. Give its inputs whole"):
         FeatureCache(model)
+
+
+class Tied(keras.layers.Layer):
+    """A head that has a layer of the backbone in it, as that of a masked language model."""
+
+    def __init__(self, embedding):
+        super().__init__()
+        self.embedding, self.own = embedding, keras.layers.Dense(4)
+
+    def call(self, x):
+        return self.embedding(self.own(x))
+
+    def compute_output_shape(self, shape):
+        return (*shape[:-1], 4)
+
+
+def test_a_head_with_a_layer_of_the_backbone_is_the_head():
+    embedding = keras.layers.Dense(4)
+    inputs = keras.Input((4,))
+    base = keras.Model(inputs, keras.layers.Dense(4)(embedding(inputs)))
+    outer = keras.Input((4,))
+    model = keras.Model(outer, Tied(embedding)(FrozenBackbone(base)(outer)))
+    model.compile("sgd", "mse")
+    cache = FeatureCache(model)
+    assert [one.path for one in cache.head.trainable_weights] == [
+        one.path for one in model.trainable_weights
+    ]
+    x = np.ones((8, 4), "float32")
+    features = cache(x, x, verbose=0)
+    expected = model.evaluate(x, x, verbose=0)
+    assert cache.head.evaluate(features, verbose=0) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_nested_model_of_several_inputs_is_looked_into():
+    def inputs():
+        return {name: keras.Input((2,), name=name) for name in ("left", "right")}
+
+    inner, outer = inputs(), inputs()
+    x = keras.layers.Concatenate()([*inner.values()])
+    for name in ("first", "second"):
+        x = keras.layers.Dense(3, name=name)(x)
+    model = keras.Model(outer, keras.layers.Dense(1)(keras.Model(inner, x)(outer)))
+    names = [step.call.operation.name for step in Unrolled(model).steps]
+    assert names[-3:-1] == ["first", "second"]
