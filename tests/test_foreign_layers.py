@@ -137,6 +137,13 @@ def on(backbone):
     return model
 
 
+def on_frozen(make, folder):
+    """Returns a model on a layer that is frozen as by hand, and the function for its values."""
+    layer, values = make(folder)
+    layer.trainable = False
+    return on(layer), values
+
+
 def fit(model, *callbacks, epochs=4, **settings):
     data = {"validation_data": (X, Y), "batch_size": 16, "verbose": 0}
     return model.fit(X, Y, epochs=epochs, callbacks=list(callbacks), **data, **settings)
@@ -164,9 +171,7 @@ def test_a_frozen_backbone_holds_what_is_no_layer_of_keras(make, tmp_path):
 
 @by_kind
 def test_a_guard_sees_statistics_that_move_although_they_are_frozen(make, tmp_path):
-    layer, values = make(tmp_path)
-    layer.trainable = False
-    model = on(layer)
+    model, values = on_frozen(make, tmp_path)
     before = values()[1]
     with pytest.raises(FrozenWeightsChangedError, match="torch module with BatchNorm") as error:
         fit(model, FreezeGuard(verbose=0), epochs=1)
@@ -177,9 +182,7 @@ def test_a_guard_sees_statistics_that_move_although_they_are_frozen(make, tmp_pa
 
 @by_kind
 def test_a_guard_gives_such_statistics_back(make, tmp_path):
-    layer, values = make(tmp_path)
-    layer.trainable = False
-    model = on(layer)
+    model, values = on_frozen(make, tmp_path)
     before = values()[1]
     with pytest.warns(UserWarning, match="They were restored"):
         fit(model, FreezeGuard(action="restore", verbose=0), epochs=1)

@@ -50,6 +50,11 @@ def unlisted_in(backbone: Backbone) -> list[keras.Variable]:
     return [one for layer in flatten_layers(backbone) for one in unlisted_state(layer)]
 
 
+def weights_of(layer: keras.Layer) -> list[keras.Variable]:
+    """Returns the weights of a layer, and the state in it that Keras does not list."""
+    return [*layer.weights, *unlisted_in(layer)]
+
+
 def variables_of(model: keras.Model) -> list[keras.Variable]:
     """Returns all variables of a model, those too that Keras does not list, which are last."""
     return [*model.variables, *unlisted_in(model)]

@@ -21,7 +21,7 @@ from keras_tl.backbone.selecting import (
     choose_layers,
     is_built,
     roots,
-    unlisted_in,
+    weights_of,
 )
 from keras_tl.errors import (
     FrozenWeightsChangedError,
@@ -273,7 +273,7 @@ class FreezeGuard(keras.callbacks.Callback):
         self._watch.end()
 
     def _weights_to_watch(self) -> list[keras.Variable]:
-        left_out = {id(weight) for layer in self._excluded() for weight in _weights_in(layer)}
+        left_out = {id(weight) for layer in self._excluded() for weight in weights_of(layer)}
         return [weight for weight in self._weights_to_keep() if id(weight) not in left_out]
 
     def _weights_to_keep(self) -> list[keras.Variable]:
@@ -281,7 +281,7 @@ class FreezeGuard(keras.callbacks.Callback):
         weights = constant_weights(self.model)
         if self.layers is not None and is_built(self.model):
             for layer in choose_layers(self.model, self.layers, "layers"):
-                weights += _weights_in(layer)
+                weights += weights_of(layer)
         return list({id(weight): weight for weight in weights}.values())
 
     def _excluded(self) -> list[keras.Layer]:
@@ -289,7 +289,7 @@ class FreezeGuard(keras.callbacks.Callback):
             return []
         try:
             layers = choose_layers(self.model, self.exclude, "exclude")
-            if not any(_weights_in(layer) for layer in layers):
+            if not any(weights_of(layer) for layer in layers):
                 raise ValueError(
                     f"`exclude` selects {some([layer.name for layer in layers])} of the model "
                     f'"{self.model.name}", without a weight. Pass layers that have weights.'
@@ -457,10 +457,6 @@ def _batches_between(check: Any) -> int:
         '`check` must be "epoch", "batch", or an int of at least 1, for every that many batches. '
         f"Received: check={check!r}."
     )
-
-
-def _weights_in(layer: keras.Layer) -> list[keras.Variable]:
-    return [*layer.weights, *unlisted_in(layer)]
 
 
 def _same(first: Sequence[keras.Variable], second: Sequence[keras.Variable]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 
 import keras
 
-from keras_tl.backbone.selecting import flatten_layers, unlisted_in
+from keras_tl.backbone.selecting import flatten_layers, weights_of
 from keras_tl.features.settings import ExtractionSettings
 from keras_tl.features.source import Source
 from keras_tl.features.splitting import SplitModel
@@ -35,7 +35,7 @@ def identity_of(split: SplitModel, source: Source, settings: ExtractionSettings)
         "configuration": _configuration_digest(split.graph, source.inputs),
         "weights": [
             [weight.path, hashlib.sha256(on_host(weight).tobytes()).hexdigest()]
-            for weight in [*split.graph.weights, *unlisted_in(split.graph)]
+            for weight in weights_of(split.graph)
         ],
         **source.describe(),
         "dtype": settings.dtype,

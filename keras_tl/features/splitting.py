@@ -90,12 +90,15 @@ class SplitModel:
             try:
                 spec = self._extractors[True](symbolic)
             except Exception as error:  # Each backend has its own.
-                sizes_open = any(None in x.shape[1:] for x in keras.tree.flatten(inputs))
-                why = "its layers need sizes that its inputs leave open" if sizes_open else error
+                why = f"{error} Train"
+                if any(None in x.shape[1:] for x in keras.tree.flatten(inputs)):
+                    why = (
+                        "its layers need sizes that its inputs leave open. Give its inputs whole "
+                        "shapes, or train"
+                    )
                 raise UncacheableError(
                     f'The shapes of the features of "{model.name}" cannot be known before it is '
-                    f"called on data: {why}. Give its inputs whole shapes, or train through the "
-                    "backbone."
+                    f"called on data: {why} through the backbone."
                 ) from error
             self.features = dict(spec)
             self._check_no_loss(symbolic)

@@ -30,7 +30,7 @@ class OptimizerUse:
         self._own = own_optimizers(model)
         self._looks = has_own_train_step(model)
         self.begin(model)
-        if self._own and has_own_train_step(model) and _is_default(model.optimizer):
+        if self._own and self._looks and _is_default(model.optimizer):
             raise ValueError(self._message(model, "is the one that Keras makes by default"))
 
     def begin(self, model: keras.Model) -> None:
