@@ -314,3 +314,20 @@ def test_lists_that_tensorflow_refuses_to_look_into_are_looked_into():
 
     found = unlisted_state(Holds())
     assert sorted(float(one.numpy()) for one in found) == [2.0, 3.0]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the variables are TensorFlow's")
+def test_lists_and_dictionaries_of_a_layer_are_looked_into():
+    import tensorflow as tf
+
+    class Holds(keras.Layer):
+        def __init__(self):
+            super().__init__()
+            self.row = [tf.Variable(1.0), "word", self.add_weight(name="listed")]
+            self.by_name = {"one": tf.Variable(2.0), "more": [(tf.Variable(3.0),), None]}
+
+        def call(self, x):
+            return x
+
+    found = unlisted_state(Holds())
+    assert sorted(float(one.numpy()) for one in found) == [1.0, 2.0, 3.0]

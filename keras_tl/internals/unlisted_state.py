@@ -82,9 +82,13 @@ def _held_by(one: Any) -> list[Any]:
         return list(one)
     if isinstance(one, dict):
         return list(one.values())
-    if isinstance(one, tf.__internal__.tracking.Trackable):
-        return list(tf.train.TrackableView.children(one).values())
-    return []
+    if not isinstance(one, tf.__internal__.tracking.Trackable):
+        return []
+    held = list(tf.train.TrackableView.children(one).values())
+    if isinstance(one, keras.Layer):
+        # Keras has lists and dictionaries of its own, into which TensorFlow does not look.
+        held += [some for some in vars(one).values() if isinstance(some, (list, dict)) and some]
+    return held
 
 
 @checked(SINCE_3_15)
