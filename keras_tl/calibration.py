@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
+import warnings
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
@@ -12,7 +13,9 @@ import numpy as np
 from keras_tl.arguments import check_model
 from keras_tl.features.preparation import prepared
 from keras_tl.internals.batches import batches_of, predictions
+from keras_tl.internals.evaluating import without_activation
 from keras_tl.internals.graphs import graph_of, graph_outputs, operation_of
+from keras_tl.internals.values import on_host
 
 _CROSSENTROPIES = (
     keras.losses.BinaryCrossentropy,
@@ -21,9 +24,13 @@ _CROSSENTROPIES = (
     keras.losses.CategoricalFocalCrossentropy,
     keras.losses.SparseCategoricalCrossentropy,
 )
+# By function, the class that takes targets of another shape too, as `fit` does.
+_CLASSES = {
+    keras.losses.binary_crossentropy: keras.losses.BinaryCrossentropy,
+    keras.losses.categorical_crossentropy: keras.losses.CategoricalCrossentropy,
+    keras.losses.sparse_categorical_crossentropy: keras.losses.SparseCategoricalCrossentropy,
+}
 _LEAST, _MOST, _HALVINGS = 1 / 50, 50, 40
-# Below it, Keras' crossentropies do not tell probabilities apart either.
-_SMALLEST = 1e-7
 
 
 def scale_temperature(
@@ -31,7 +38,9 @@ def scale_temperature(
     x: Any,
     y: Any = None,
     *,
+    sample_weight: Any = None,
     batch_size: int | None = None,
+    steps: int | None = None,
 ) -> float:
     """Scales the last layer of a classifier, so that it is as sure as it is right on held-out data.
 
@@ -39,21 +48,26 @@ def scale_temperature(
     logits are divided by a temperature, the one with the lowest loss on data that the model was not
     trained on. The kernel and the bias of the last `Dense` layer are divided by it, so the model
     that is saved has it. What the model predicts as most likely stays the same. With a model's
-    validation data it is a last step after `fine_tune` or `fit`.
+    validation data it is a last step after `fine_tune` or `fit`. Data of which the model predicts
+    all right tells of no temperature, nor does that of which it knows nothing.
 
     Args:
         model: A Functional or Sequential model that ends in a `Dense` layer with a linear, softmax
             or sigmoid activation, compiled with a crossentropy.
         x: Held-out data, as `evaluate` takes it: arrays, a `tf.data.Dataset`, a `PyDataset`.
         y: Targets, if they are not in `x`.
+        sample_weight: Weights, if they are not in `x`.
         batch_size: Int or None. For arrays; None is Keras' default.
+        steps: Int or None. How many batches are used, of data that has no end.
 
     Returns:
-        A float: the temperature, above 1 where the model was too sure.
+        A float: the temperature, above 1 where the model was too sure. 1.0, with a warning and
+        nothing changed, where none from 1/50 to 50 has the lowest loss.
 
     Raises:
         ValueError: If the model does not end in such a layer, or is not compiled with one
-            crossentropy, or if its predictions are not finite.
+            crossentropy, or if its predictions are not finite; if to scale the layer does more than
+            to divide the logits, as where it is called twice.
 
     Example:
 
@@ -73,32 +87,100 @@ def scale_temperature(
     - Guo et al., 2017, "On Calibration of Modern Neural Networks"
     """
     check_model(model, "scale_temperature")
+    temperature = scaled(model, x, y, sample_weight, batch_size=batch_size, steps=steps)
+    if temperature is not None:
+        return temperature
+    warnings.warn(
+        f'`scale_temperature` leaves "{model.name}" as it is: no temperature from {_LEAST} to '
+        f"{_MOST} has the lowest loss on this data. Either all of it is predicted right, or what "
+        "is predicted has nothing to do with it. Pass more data that the model was not trained on.",
+        stacklevel=2,
+    )
+    return 1.0
+
+
+def scaled(
+    model: keras.Model,
+    x: Any,
+    y: Any = None,
+    sample_weight: Any = None,
+    *,
+    batch_size: int | None = None,
+    steps: int | None = None,
+) -> float | None:
+    """Does as `scale_temperature`, and returns None in place of warning.
+
+    The arguments are those of `scale_temperature`.
+    """
     layer, loss = layer_and_loss(model)
-    data = prepared(model, x, y, batch_size=batch_size, training=False)
-    dataset, _, close = batches_of(*data, batch_size, None)
+    data = prepared(model, x, y, sample_weight, batch_size=batch_size, training=False)
+    dataset, _, close = batches_of(*data, batch_size, steps)
     try:
-        found = [
-            (keras.utils.unpack_x_y_sample_weight(batch)[1], outputs)
-            for batch, outputs in predictions(model, dataset)
-        ]
+        with without_activation(model, layer):
+            found = [_Batch.of(*one) for one in predictions(model, dataset)]
     finally:
         close()
-    targets = np.concatenate([np.asarray(labels) for labels, _ in found])
-    logits = _logits(np.concatenate([outputs for _, outputs in found]), layer.activation)
+    logits = np.concatenate([one.logits for one in found]).astype("float64")
+    targets = np.concatenate([one.targets for one in found])
+    weights = None if found[0].weights is None else np.concatenate([one.weights for one in found])
     if not np.isfinite(logits).all():
         raise ValueError(f'The predictions of the model "{model.name}" are not finite.')
 
     def loss_at(exponent: float) -> float:
-        scaled = keras.ops.convert_to_tensor(logits / math.exp(exponent), "float32")
-        return float(keras.ops.mean(loss(targets, layer.activation(scaled))))
+        tensor = keras.ops.convert_to_tensor(logits / math.exp(exponent), "float32")
+        return float(keras.ops.mean(loss(targets, layer.activation(tensor), weights)))
 
-    temperature = math.exp(_lowest(loss_at, math.log(_LEAST), math.log(_MOST)))
-    for weight in layer.weights:
-        weight.assign(weight / temperature)
+    ends = math.log(_LEAST), math.log(_MOST)
+    exponent = _lowest(loss_at, *ends)
+    if min(map(loss_at, ends)) <= loss_at(exponent):
+        return None
+    temperature = math.exp(exponent)
+    _divide(model, layer, temperature, found[0])
     return temperature
 
 
-def layer_and_loss(model: keras.Model) -> tuple[keras.layers.Dense, Callable[[Any, Any], Any]]:
+class _Batch(NamedTuple):
+    """A batch of held-out data, and what the last layer makes of it."""
+
+    x: Any
+    targets: np.ndarray
+    weights: np.ndarray | None
+    logits: np.ndarray
+
+    @classmethod
+    def of(cls, batch: Any, outputs: Any) -> _Batch:
+        x, y, weights = keras.utils.unpack_x_y_sample_weight(batch)
+        targets, *more = keras.tree.flatten(y)
+        if more:
+            raise ValueError(f"A model with one output has one target. Received {1 + len(more)}.")
+        weight = None if weights is None else np.asarray(keras.tree.flatten(weights)[0])
+        return cls(x, np.asarray(targets), weight, np.asarray(keras.tree.flatten(outputs)[0]))
+
+
+def _divide(
+    model: keras.Model, layer: keras.layers.Dense, temperature: float, batch: _Batch
+) -> None:
+    """Divides a layer's logits, and checks on a batch that this is what it does."""
+    before = [on_host(weight) for weight in layer.weights]
+    for weight in layer.weights:
+        # LoRA adds the product of two matrices.
+        if weight is not getattr(layer, "lora_kernel_a", None):
+            weight.assign(weight / temperature)
+    with without_activation(model, layer):
+        ((_, outputs),) = predictions(model, [(batch.x,)])
+    now, expected = np.asarray(keras.tree.flatten(outputs)[0]), batch.logits / temperature
+    # In half precision a product has three digits.
+    if np.allclose(now, expected, rtol=0, atol=1e-2 * abs(expected).max()):
+        return
+    for weight, value in zip(layer.weights, before, strict=True):
+        weight.assign(value)
+    raise ValueError(
+        f"To scale the weights of {layer.name!r} changes more than how sure the model "
+        f'"{model.name}" is, as where a layer is called twice. The model is as it was.'
+    )
+
+
+def layer_and_loss(model: keras.Model) -> tuple[keras.layers.Dense, Callable[..., Any]]:
     """Returns the layer that a classifier's logits come from, and its crossentropy.
 
     Args:
@@ -117,7 +199,12 @@ def _last_layer(model: keras.Model) -> keras.layers.Dense:
         layer = operation_of(outputs[0]) if len(outputs) == 1 else None
     known = (keras.activations.linear, keras.activations.softmax, keras.activations.sigmoid)
     if type(layer) is keras.layers.Dense and layer.activation in known:
-        return layer
+        if layer.quantization_mode is None:
+            return layer
+        raise ValueError(
+            f"`scale_temperature` cannot divide the weights of {layer.name!r}, which is quantized: "
+            f"{layer.quantization_mode!r}. Scale the model first, then quantize it."
+        )
     ends = "has no such graph" if layer in (model, None) else f"ends in {layer.name!r}"
     raise ValueError(
         "`scale_temperature` needs a Functional or Sequential model with one output, of a `Dense` "
@@ -125,31 +212,20 @@ def _last_layer(model: keras.Model) -> keras.layers.Dense:
     )
 
 
-def _loss(model: keras.Model) -> Callable[[Any, Any], Any]:
-    loss = keras.losses.get(model.loss) if model.compiled else None
-    functions = [
-        keras.losses.binary_crossentropy,
-        keras.losses.categorical_crossentropy,
-        keras.losses.sparse_categorical_crossentropy,
-    ]
-    if loss is not None and (isinstance(loss, _CROSSENTROPIES) or loss in functions):
+def _loss(model: keras.Model) -> Callable[..., Any]:
+    given = model.loss if model.compiled else None
+    several = given.values() if isinstance(given, Mapping) else given
+    if isinstance(several, Collection) and not isinstance(several, str):
+        given = next(iter(several)) if len(several) == 1 else None
+    loss = None if given is None else keras.losses.get(given)
+    loss = _CLASSES[loss]() if loss in _CLASSES else loss
+    if isinstance(loss, _CROSSENTROPIES):
         return loss
     received = f"the loss {model.loss!r}" if model.compiled else "a model that is not compiled"
     raise ValueError(
         "`scale_temperature` needs a model that is compiled with one crossentropy of Keras, such "
         f'as "sparse_categorical_crossentropy". Received {received}.'
     )
-
-
-def _logits(outputs: np.ndarray, activation: Callable[[Any], Any]) -> np.ndarray:
-    """Returns what the activation was given, but for a constant of each sample."""
-    outputs = outputs.astype("float64")
-    if activation is keras.activations.linear:
-        return outputs
-    low = np.clip(outputs, _SMALLEST, None)
-    if activation is keras.activations.softmax:
-        return np.log(low)
-    return np.log(low) - np.log(np.clip(1 - outputs, _SMALLEST, None))
 
 
 def _lowest(function: Callable[[float], float], low: float, high: float) -> float:

@@ -215,10 +215,15 @@ def fine_tune(
         say=say if says else _nothing,
     )
     steps = None
+    validation = {
+        "validation_data": validation_data,
+        "batch_size": batch_size,
+        "validation_steps": validation_steps,
+    }
     while fits.epochs_left:
         if switch.decided:
             # The switch, as records are of what is frozen after it.
-            fits.begin_epoch(steps=steps, validation_data=validation_data)
+            fits.begin_epoch(steps=steps, **validation)
         training = records.of(switch.stage, epochs=_epochs_of_stage(switch, fits.epochs_left))
         if training is not None:
             steps = training.steps
@@ -240,17 +245,15 @@ def fine_tune(
             # All that is left, where no stage can be recorded.
             until=lambda: switch.decided and not records.given_up,
             sample_weight=sample_weight,
-            validation_data=validation_data,
-            batch_size=batch_size,
             steps_per_epoch=steps_per_epoch,
-            validation_steps=validation_steps,
             shuffle=shuffle,
             class_weight=class_weight,
+            **validation,
         )
         if records.given_up:
             break  # Also where `fit` ended early, as of data that ran out.
     records.release()
-    fits.end(validation_data=validation_data)
+    fits.end(**validation)
     return fits.history
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -173,6 +174,10 @@ class _Copies:
         old.save_own_variables(store)
         # On JAX a function that is given an array may delete it: two layers must not share one.
         new.load_own_variables({name: keras.ops.copy(value) for name, value in store.items()})
+        if hasattr(old, "save_assets"):  # What is no variable, such as an adapted vocabulary.
+            with tempfile.TemporaryDirectory() as folder:
+                old.save_assets(folder)
+                new.load_assets(folder)
         set_layer_flag(new, old.trainable)
         weights = {weight.name: weight for weight in own_trainable_weights(new)}
         for weight in own_trainable_weights(old):

@@ -61,6 +61,114 @@ def test_the_loss_is_lowest_and_the_classes_stay(activation, units):
         np.testing.assert_array_equal(again > between, classes > between)
 
 
+# Around its minimum the loss is flat: its rounding tells no more digits of where that is.
+CLOSE = 3e-3
+
+
+@pytest.mark.parametrize("activation, units", [("softmax", 3), ("sigmoid", 1)])
+@pytest.mark.parametrize("sureness", [8.0, 40.0])
+def test_probabilities_that_are_rounded_to_one_hide_nothing(activation, units, sureness):
+    model, x, y = classifier(activation, units, sureness)
+    logits, _, _ = classifier("linear", units, sureness)
+    expected = scale_temperature(logits, x, y)
+    assert expected > sureness / 8
+    assert scale_temperature(model, x, y) == pytest.approx(expected, rel=CLOSE)
+    best = logits.evaluate(x, y, verbose=0)[0]
+    assert model.evaluate(x, y, verbose=0)[0] == pytest.approx(best, rel=1e-3)
+    assert model.get_layer("last").activation is getattr(keras.activations, activation)
+
+
+def named(model):
+    return keras.Model(model.input, {"last": model.output})
+
+
+SPARSE, BINARY = "sparse_categorical_crossentropy", "binary_crossentropy"
+# By name, the number of units, and what the model, its loss and its targets are made.
+COMPILED = {
+    "a string": (3, lambda model: model, SPARSE, lambda y: y),
+    "a list": (3, lambda model: model, [SPARSE], lambda y: y),
+    "by name": (3, lambda model: model, {"last": SPARSE}, lambda y: y),
+    "all by name": (3, named, {"last": SPARSE}, lambda y: {"last": y}),
+    "an object by name": (
+        *(3, named, {"last": keras.losses.SparseCategoricalCrossentropy()}),
+        lambda y: {"last": y},
+    ),
+    "one number a sample": (1, lambda model: model, BINARY, lambda y: y[:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_takes_a_model_however_it_was_compiled(name):
+    units, remade, loss, targets = COMPILED[name]
+    plain, x, y = classifier("softmax" if units > 1 else "sigmoid", units)
+    expected = scale_temperature(plain, x, y)
+    model = remade(classifier("softmax" if units > 1 else "sigmoid", units)[0])
+    model.compile("sgd", loss)
+    data = tf.data.Dataset.from_tensor_slices((x, targets(y))).batch(50)
+    assert scale_temperature(model, data) == pytest.approx(expected, rel=CLOSE)
+
+
+def test_weights_of_samples_count_and_steps_bound_what_is_read():
+    model, x, y = classifier("linear", 3)
+    first = np.arange(len(x)) < 100
+    expected = scale_temperature(classifier("linear", 3)[0], x[first], y[first])
+    assert expected != pytest.approx(scale_temperature(classifier("linear", 3)[0], x, y), rel=0.02)
+    found = scale_temperature(model, x, y, sample_weight=first.astype("float32"))
+    assert found == pytest.approx(expected, rel=CLOSE)
+    endless = tf.data.Dataset.from_tensor_slices((x, y)).batch(50).repeat()
+    found = scale_temperature(classifier("linear", 3)[0], endless, steps=2)
+    assert found == pytest.approx(expected, rel=CLOSE)
+
+
+@pytest.mark.parametrize("sureness", [8.0, -8.0])
+def test_data_that_tells_of_no_temperature_is_warned_of(sureness):
+    model, x, _ = classifier("linear", 3, sureness)
+    before = values_of(model)
+    with pytest.warns(UserWarning, match="no temperature from 0.02 to 50"):
+        assert scale_temperature(model, x, x.argmax(axis=1)) == 1.0
+    assert values_of(model) == before
+
+
+def test_a_layer_with_lora_predicts_the_same_classes():
+    model, x, y = classifier("softmax", 3)
+    last = model.get_layer("last")
+    last.enable_lora(2)
+    last.lora_kernel_b.assign(np.random.default_rng(0).normal(size=(2, 3)))
+    last.lora_kernel_a.assign(np.random.default_rng(1).normal(size=(models.FEATURES, 2)))
+    before = np.log(model.predict(x, verbose=0))
+    temperature = scale_temperature(model, x, y)
+    after = np.log(model.predict(x, verbose=0))
+    differences = [(each - each[:, :1]) for each in (before, after)]
+    np.testing.assert_allclose(differences[1], differences[0] / temperature, atol=1e-4)
+
+
+def called_twice():
+    inputs = keras.Input((3,))
+    last = keras.layers.Dense(3, name="last")
+    model = keras.Model(inputs, last(last(inputs)))
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    last.kernel.assign(3 * np.eye(3))
+    return model
+
+
+def test_a_layer_of_which_more_depends_is_an_error_and_stays():
+    model = called_twice()
+    x, y = noisy_classes(3)
+    before = values_of(model)
+    with pytest.raises(ValueError, match="as where a layer is called twice"):
+        scale_temperature(model, x[:, :3], y)
+    assert values_of(model) == before
+
+
+def test_a_quantized_layer_is_an_error():
+    model, x, y = classifier("softmax", 3)
+    model.quantize("int8")
+    before = values_of(model)
+    with pytest.raises(ValueError, match="Scale the model first, then quantize it"):
+        scale_temperature(model, x, y)
+    assert values_of(model) == before
+
+
 def test_a_second_time_changes_nothing_more():
     model, x, y = classifier("softmax", 3)
     scale_temperature(model, x, y)

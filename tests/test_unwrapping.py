@@ -1,5 +1,6 @@
 """unwrap: the same model without any class of keras_tl."""
 
+import pathlib
 import subprocess
 import sys
 
@@ -9,6 +10,7 @@ import pytest
 
 from keras_tl import FrozenBackbone, GroupOptimizer, Stage, UnfreezeAtConvergence, unwrap
 from keras_tl.backbone.selecting import flatten_layers
+from keras_tl.internals.values import on_host
 from tests import models
 from tests.shared import as_bytes, regression_data
 
@@ -225,6 +227,50 @@ def test_a_layer_that_is_in_the_backbone_and_outside_is_one(flatten):
     plain = unwrap(model, flatten=flatten)
     assert plain.count_params() == model.count_params()
     assert plain.predict(X, verbose=0).tobytes() == model.predict(X, verbose=0).tobytes()
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class Factor(keras.layers.Layer):
+    """A layer that keeps a number in a file of its own."""
+
+    factor = 1.0
+
+    def call(self, x):
+        return self.factor * x
+
+    def save_assets(self, folder):
+        pathlib.Path(folder, "factor.txt").write_text(str(self.factor))
+
+    def load_assets(self, folder):
+        self.factor = float(pathlib.Path(folder, "factor.txt").read_text())
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_what_layers_keep_in_files_is_copied(flatten, tmp_path):
+    factor = Factor()
+    factor.factor = 5.0
+    base = keras.Sequential([keras.Input((models.FEATURES,)), factor, keras.layers.Dense(2)])
+    model = sequential(FrozenBackbone(base))
+    plain = unwrap(model, flatten=flatten)
+    plain.save(tmp_path / "plain.keras")
+    for one in (plain, keras.models.load_model(tmp_path / "plain.keras")):
+        np.testing.assert_array_equal(on_host(one(X)), on_host(model(X)))
+
+
+@pytest.mark.skipif(keras.backend.backend() != "tensorflow", reason="strings are TensorFlow's")
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("kind", ["StringLookup", "TextVectorization"])
+def test_an_adapted_vocabulary_is_copied(kind, flatten, tmp_path):
+    layer = getattr(keras.layers, kind)(output_mode="tf_idf")
+    layer.adapt(["one two", "two three", "four"])
+    words = keras.Input((1,), dtype="string")
+    wrapper = FrozenBackbone(keras.Model(words, layer(words)))
+    model = keras.Sequential([keras.Input((1,), dtype="string"), wrapper, keras.layers.Dense(1)])
+    x = keras.ops.convert_to_tensor([["one two"], ["four"]])
+    plain = unwrap(model, flatten=flatten)
+    plain.save(tmp_path / "plain.keras")
+    for one in (plain, keras.models.load_model(tmp_path / "plain.keras")):
+        np.testing.assert_array_equal(on_host(one(x)), on_host(model(x)))
 
 
 def test_a_lambda_is_copied():

@@ -19,9 +19,9 @@ def is_scales(layers: Any) -> bool:
 def scale_weights(layer: keras.Layer) -> list[keras.Variable]:
     """Returns the biases and scales that a layer itself made to be trained.
 
-    These are the weights with at most one dimension, and those named `bias`, `gamma` or `beta` with
-    more: attention has a bias for each head, a GRU two in one, and a normalization may go over
-    several axes.
+    These are the weights with at most one dimension, and those named `bias`, `gamma`, `beta` or
+    `scale` with more: attention has a bias for each head, a GRU two in one, and a normalization may
+    go over several axes.
 
     Example:
 
@@ -41,4 +41,4 @@ def trains_scales_alone(layers: Iterable[keras.Layer]) -> bool:
 
 
 def _is_scale(weight: keras.Variable) -> bool:
-    return len(weight.shape) <= 1 or weight.name in ("bias", "gamma", "beta")
+    return len(weight.shape) <= 1 or weight.name in ("bias", "gamma", "beta", "scale")

@@ -322,8 +322,9 @@ def _described(stage: Stage) -> dict[str, Any]:
 def _data(callback: keras.callbacks.Callback) -> dict[str, Any]:
     steps = (callback.params or {}).get("steps")
     data = data_of_fit(callback)
-    known = {"steps": steps, "class_weight": plain(data.pop("class_weight", None))}
-    return {**known, **{name: _sketches(one) for name, one in data.items()}}
+    known = {"steps": steps, "class_weight": plain(data.get("class_weight"))}
+    named = ("x", "y", "sample_weight", "validation_data")
+    return {**known, **{name: _sketches(data[name]) for name in named if name in data}}
 
 
 def _sketches(data: Any) -> list[dict[str, Any]] | None:

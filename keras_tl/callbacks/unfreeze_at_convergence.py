@@ -68,13 +68,14 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             before (down to 1e-5), from the best weights so far. So a rate that only hurts costs its
             epochs and nothing else. Each has `fine_tune_patience`; the first two as many epochs as
             twice `warmup_steps`, where those are more. Once a rate has helped, training stops after
-            two lower ones that have not. If `"val_loss"` judges, a classifier whose head is too
-            sure is calibrated before the first rate, as by `scale_temperature`, where that lowers
-            `val_loss` by a tenth or more: a model that is only less sure does not pass for a better
-            one. What it predicts as most likely stays the same. Defaults to `None`: that of
-            `optimizer`, or those of the model's own `GroupOptimizer`; else `"auto"` where
-            fine-tuning is judged on validation data (`monitor` begins with `"val_"`) and neither
-            `stages`, `head_learning_rate`, `fine_tune_patience=None` nor
+            two lower ones that have not. In the last 20 epochs of `fit` the rate falls to nothing,
+            so that a run of few epochs ends at a low one too. If `"val_loss"` judges, a classifier
+            whose head is too sure is calibrated before the first rate, as by `scale_temperature`,
+            where that lowers `val_loss` by a tenth or more: a model that is only less sure does not
+            pass for a better one. What it predicts as most likely stays the same. Defaults to
+            `None`: that of `optimizer`, or those of the model's own `GroupOptimizer`; else `"auto"`
+            where fine-tuning is judged on validation data (`monitor` begins with `"val_"`) and
+            neither `stages`, `head_learning_rate`, `fine_tune_patience=None` nor
             `restore_best_weights=False` is given; else `1e-5`.
         backbone: The layer, model or list of layers to unfreeze; their names in the model (of
             nested ones `outer/inner`); or a function of the model that returns them. Names and

@@ -36,16 +36,21 @@ def running_list(callback: keras.callbacks.Callback) -> keras.callbacks.Callback
     return None if frame is None else frame.f_locals["self"]
 
 
+_DATA = ("x", "y", "sample_weight", "validation_data", "class_weight")
+_SIZES = ("batch_size", "validation_batch_size", "validation_steps")
+
+
 def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
     """Returns what the running `fit` trains and validates with, by argument; nothing without one.
+
+    What it does not have is left out. With the data are the sizes by which it is validated on.
 
     Keras passes a callback no more than the number of steps; `fit` itself is found on the stack. Of
     an overridden `fit` without these arguments, nothing is seen. Joint fits, which are one to the
     callbacks, start in a method of their list, which has the arguments.
     """
     running = _arguments_of_fit(callback)
-    names = ("x", "y", "sample_weight", "validation_data", "class_weight")
-    return {name: running[name] for name in names if running.get(name) is not None}
+    return {name: running[name] for name in _DATA + _SIZES if running.get(name) is not None}
 
 
 def batch_size_of_fit(callback: keras.callbacks.Callback) -> int | None:

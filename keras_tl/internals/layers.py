@@ -13,7 +13,12 @@ from typing import Any
 import keras
 
 from keras_tl.internals.checked import SINCE_3_15, UnsupportedKerasError, checked
-from keras_tl.internals.imported import get_keras_mask, global_state, to_snake_case
+from keras_tl.internals.imported import (
+    compute_output_spec,
+    get_keras_mask,
+    global_state,
+    to_snake_case,
+)
 from keras_tl.internals.unlisted_state import unlisted_state
 
 
@@ -162,6 +167,28 @@ class HeldInInference:
             if self._entered == 0:
                 for layer in self._held:
                     set_layer_flag(layer, True)
+
+
+def assigned_in_call(layer: keras.Layer, *args: Any, **kwargs: Any) -> list[keras.Variable]:
+    """Returns the weights to which a built layer assigns values when it is called in training.
+
+    Nothing is computed, and no weight changes.
+
+    Args:
+        layer: The layer.
+        *args: What it is called with, `KerasTensor`s for tensors.
+        **kwargs: The same, by name.
+    """
+    found: list[keras.Variable] = []
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with keras.StatelessScope() as scope:
+            outputs = layer(*args, **kwargs, training=True)
+        found[:] = [one for one in layer.weights if scope.get_current_value(one) is not None]
+        return outputs
+
+    compute_output_spec(call, *args, **kwargs)
+    return found
 
 
 @contextlib.contextmanager

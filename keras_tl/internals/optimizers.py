@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -62,6 +62,12 @@ def steps_of(optimizer: Any) -> int:
     `LossScaleOptimizer` has a count of its own, which no schedule reads.
     """
     return int(on_host(without_loss_scale(optimizer)._iterations))
+
+
+def steps_in_update(optimizers: Iterable[Any]) -> int:
+    """Returns how many steps the slowest of some optimizers takes for an update of the weights."""
+    inner = [without_loss_scale(one) for one in optimizers]
+    return max(getattr(one, "gradient_accumulation_steps", None) or 1 for one in inner)
 
 
 @checked(SINCE_3_15)

@@ -26,6 +26,7 @@ from keras_tl.internals.graphs import operations_in_graph, outputs_in_graph
 from keras_tl.internals.layers import (
     NOT_OF_A_LAYER,
     HeldInInference,
+    assigned_in_call,
     call_context_kept,
     catches_inputs,
     not_watched,
@@ -216,6 +217,7 @@ class FrozenBackbone(keras.layers.Layer):
         self.hand_frozen = frozen_by_hand(backbone)
         self._saved: _Saved | None = None
         self._parts = _Parts({})
+        self._holds_batchnorm = False
         self._hold(backbone)
         freezing.freeze(backbone)
         if trainable:
@@ -228,7 +230,28 @@ class FrozenBackbone(keras.layers.Layer):
         # Around `super().__call__`: it stores an explicit `training` for the layers after this one
         # before it calls `call`, where it would be too late to put it back.
         with call_context_kept():
-            return super().__call__(*args, **kwargs)
+            outputs = super().__call__(*args, **kwargs)
+            if self.inference_mode == "batchnorm" and not self._holds_batchnorm:
+                self._check_holds_batchnorm(args, kwargs)
+        return outputs
+
+    def _check_holds_batchnorm(self, args: Any, kwargs: dict[str, Any]) -> None:
+        """Raises a ValueError if statistics of BatchNormalization would move."""
+        kwargs = {name: value for name, value in kwargs.items() if name != "training"}
+        args, kwargs = keras.tree.map_structure(
+            lambda value: _symbolic(_spec_of(value)), (args, kwargs)
+        )
+        weights = [one for layer in batchnorm_layers(self.backbone) for one in layer.weights]
+        with self._batchnorm_in_inference:
+            assigned = {id(one) for one in assigned_in_call(self.backbone, *args, **kwargs)}
+        moving = [one.path for one in weights if id(one) in assigned]
+        if moving:
+            raise ValueError(
+                '`inference_mode="batchnorm"` cannot keep these statistics constant, whose layers '
+                f"have a `call` of their own that moves them: {some(moving)}. Use "
+                '`inference_mode="always"`.'
+            )
+        self._holds_batchnorm = True
 
     def build(self, input_shape: Any) -> None:
         self._build_backbone(input_shape)

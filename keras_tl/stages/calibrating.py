@@ -9,13 +9,13 @@ from typing import Any, NamedTuple
 import keras
 
 from keras_tl.backbone.freezing import without
-from keras_tl.calibration import layer_and_loss, scale_temperature
+from keras_tl.calibration import layer_and_loss, scaled
 from keras_tl.internals.graphs import graph_outputs
 from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.internals.processes import process_count
 from keras_tl.internals.randomness import random_state
 from keras_tl.stages.best_weights import Snapshot
-from keras_tl.stages.interpolating import held_out_data, validated
+from keras_tl.stages.interpolating import held_out_data, same_value, validated
 
 # By less it is not worth to change what the user has trained.
 _LEAST_GAIN = 0.1
@@ -40,7 +40,11 @@ class Calibration(NamedTuple):
 
 
 def calibrate(
-    model: keras.Model, data: Mapping[str, Any], trained: Sequence[keras.Variable]
+    model: keras.Model,
+    data: Mapping[str, Any],
+    trained: Sequence[keras.Variable],
+    *,
+    measured: float,
 ) -> Calibration | None:
     """Divides the logits of an over-confident classifier by the temperature that fits its data.
 
@@ -49,13 +53,14 @@ def calibrate(
 
     Args:
         model: A compiled model.
-        data: What `fit` trains and validates with, by argument.
+        data: What `data_of_fit` returns.
         trained: List of the weights that the head's stage has trained.
+        measured: Float. The validation loss of the model as `fit` has measured it.
 
     Returns:
         A `Calibration`; None where the model is as it was: it is no classifier as
-        `scale_temperature` takes it, has no validation data that can be read again, its validation
-        loss would fall by less than a tenth, or the temperature is 10 or more.
+        `scale_temperature` takes it, its validation data cannot be read again or measures another
+        loss than in `fit`, that would fall by less than a tenth, or the temperature is 10 or more.
     """
     layer = _layer_to_scale(model, trained)
     held_out = held_out_data(data)
@@ -65,7 +70,7 @@ def calibrate(
     weights = Snapshot(layer.weights)
     done = None
     try:
-        done = _calibrated(model, layer, data, held_out)
+        done = _calibrated(model, layer, data, held_out, measured)
     except Exception as error:  # noqa: BLE001  The switch is done, and training can go on.
         warnings.warn(
             f"UnfreezeAtConvergence did not calibrate the head: {type(error).__name__}: {error}",
@@ -83,17 +88,19 @@ def _calibrated(
     model: keras.Model,
     layer: keras.layers.Dense,
     data: Mapping[str, Any],
-    held_out: tuple[Any, Any, Any],
+    held_out: Mapping[str, Any],
+    measured: float,
 ) -> Calibration | None:
     """Calibrates a model, and says what that was worth; None where it is to be undone."""
-    x, y, _ = held_out
     before = validated(model, data, "val_loss")
+    if before is None or not same_value(before, measured):
+        return None
     try:
-        temperature = scale_temperature(model, x, y)
+        temperature = scaled(model, **held_out)
     except ValueError:
         return None  # As of data of which it is not known what `fit` makes of it.
     after = validated(model, data, "val_loss")
-    if before is None or after is None or not 1 < temperature < _MOST:
+    if after is None or temperature is None or not 1 < temperature < _MOST:
         return None
     gains = after < (1 - _LEAST_GAIN) * before
     return Calibration(layer.name, temperature, before, after) if gains else None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import keras
+import tensorflow as tf
 
 from keras_tl.backbone.changeable import changeable_weights
 from keras_tl.backbone.selecting import batchnorm_layers
 from keras_tl.features.same_epochs import never_ends
+from keras_tl.internals.evaluating import evaluated
 from keras_tl.internals.layers import own_state
 from keras_tl.internals.values import on_host
 from keras_tl.interpolation import between, moved_statistics
@@ -56,24 +60,58 @@ def why_not_interpolated(model: keras.Model, best: BestWeights) -> str | None:
     return None
 
 
-def interpolate_from_start(best: BestWeights, fraction: float) -> None:
-    """Gives weights that have their best values those between these and the start's."""
+def interpolate_from_start(
+    model: keras.Model, best: BestWeights, fraction: float, data: Mapping[str, Any], monitor: str
+) -> tuple[float, float] | None:
+    """Gives weights that have their best values those between these and the start's.
+
+    Args:
+        model: The model.
+        best: Its `BestWeights`.
+        fraction: Float. How far from the start's to the best ones.
+        data: What `data_of_fit` returns.
+        monitor: String. The monitored quantity.
+
+    Returns:
+        The monitored value before and after, None where it cannot be told.
+    """
+    before = _measured(model, data, monitor)
     if best.start is not None:
         for weight, start in best.start.copies:
             weight.assign(between(start, on_host(weight), fraction))
+    after = _measured(model, data, monitor) if same_value(before, best.value) else None
+    return None if before is None or after is None else (before, after)
 
 
-def held_out_data(data: Mapping[str, Any]) -> tuple[Any, Any, Any] | None:
-    """Returns the validation data of `fit`, None where there is none that can be read again.
+def _measured(model: keras.Model, data: Mapping[str, Any], monitor: str) -> float | None:
+    """Returns the monitored value, None with a warning where that fails: the run is done."""
+    try:
+        return validated(model, data, monitor)
+    except Exception as error:  # noqa: BLE001  Whatever it is, the user's weights are whole.
+        warnings.warn(
+            "UnfreezeAtConvergence did not measure what interpolating changes: "
+            f"{type(error).__name__}: {error}",
+            stacklevel=2,
+        )
+        return None
+
+
+def held_out_data(data: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Returns what `fit` validates on, as `evaluate` takes it; None if it cannot be read again.
 
     Args:
-        data: What `fit` trains and validates with, by argument.
+        data: What `data_of_fit` returns.
     """
     held_out = data.get("validation_data")
     given = held_out if isinstance(held_out, (tuple, list)) else (held_out,)
-    if held_out is None or never_ends(given[0]):
+    steps = data.get("validation_steps")
+    # A generator, or a `PyDataset` without an end, goes on where it was.
+    whole = not never_ends(given[0]) or (steps and isinstance(given[0], tf.data.Dataset))
+    if held_out is None or not whole:
         return None
-    return (*given, None, None)[:3]
+    batch_size = data.get("validation_batch_size") or data.get("batch_size")
+    arguments = dict(zip(("x", "y", "sample_weight"), given, strict=False))
+    return {**arguments, "batch_size": batch_size, "steps": steps}
 
 
 def validated(model: keras.Model, data: Mapping[str, Any], monitor: str) -> float | None:
@@ -81,13 +119,22 @@ def validated(model: keras.Model, data: Mapping[str, Any], monitor: str) -> floa
 
     Args:
         model: The model.
-        data: What `fit` trains and validates with, by argument.
+        data: What `data_of_fit` returns.
         monitor: String. The monitored quantity.
     """
     held_out = held_out_data(data)
     if held_out is None or not monitor.startswith("val_"):
         return None
-    x, y, sample_weight = held_out
-    results = model.evaluate(x=x, y=y, sample_weight=sample_weight, return_dict=True, verbose=0)
-    value = results.get(monitor.removeprefix("val_"))
+    value = evaluated(model, **held_out).get(monitor.removeprefix("val_"))
     return None if value is None else float(value)
+
+
+def same_value(value: float | None, measured: float | None) -> bool:
+    """Whether the validation of this module measures what that of `fit` has measured.
+
+    It may not, as of data that comes in another order, or is other data, each time. Sums over the
+    same data differ by rounding alone.
+    """
+    if value is None or measured is None:
+        return False
+    return math.isclose(value, measured, rel_tol=1e-3, abs_tol=1e-6)

@@ -83,7 +83,14 @@ class JointFits(keras.callbacks.CallbackList):
             # Each fit is told its first epoch, and one that is never reached is not to be left.
             unset_initial_epoch(self.model)
 
-    def begin_epoch(self, *, steps: int | None, validation_data: Any = None) -> None:
+    def begin_epoch(
+        self,
+        *,
+        steps: int | None,
+        validation_data: Any = None,
+        batch_size: int | None = None,
+        validation_steps: int | None = None,
+    ) -> None:
         """Calls `on_epoch_begin` of the callbacks before the fit that trains that epoch.
 
         For what must be known before that fit starts, such as what a switch makes trainable.
@@ -91,6 +98,8 @@ class JointFits(keras.callbacks.CallbackList):
         Args:
             steps: Int or None. How many steps an epoch has, for the progress bar.
             validation_data: As for `begin`, and for the same reason.
+            batch_size: Int or None. Of `fit`, as are the next.
+            validation_steps: Int or None.
         """
         self._set_steps(steps)
         super().on_epoch_begin(self._epoch)
@@ -133,11 +142,19 @@ class JointFits(keras.callbacks.CallbackList):
     def _set_steps(self, steps: int | None) -> None:
         self.set_params({**self._settings, "steps": steps, "batch_size": self._batch_size})
 
-    def end(self, *, validation_data: Any = None) -> None:
+    def end(
+        self,
+        *,
+        validation_data: Any = None,
+        batch_size: int | None = None,
+        validation_steps: int | None = None,
+    ) -> None:
         """Calls `on_train_end` of the callbacks.
 
         Args:
             validation_data: As for `begin`, and for the same reason.
+            batch_size: Int or None. Of `fit`, as are the next.
+            validation_steps: Int or None.
         """
         self.model.history = self.history
         if self.model.optimizer.built:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -45,6 +46,16 @@ class Progress:
         self.stage_epochs = 0
         self.judge = None
         self.switch_reason = None
+
+    def best_of_stage(self) -> tuple[int | None, float | None]:
+        """Returns the epoch and the value of the best of the stage, as `BestWeights` restores it.
+
+        Of a stage without one, they are those of the best of the run.
+        """
+        best, judge = self.best, self.judge
+        if judge is not None and judge.best is not None and math.isfinite(judge.best):
+            return judge.best_epoch, judge.best
+        return (None, None) if best is None else (best.epoch, best.value)
 
     def to_data(
         self, variables: Sequence[keras.Variable]

@@ -10,7 +10,7 @@ import keras
 from keras_tl.backbone.selecting import is_built
 from keras_tl.internals.callback_list import batch_size_of_fit, callbacks_beside, data_of_fit
 from keras_tl.internals.models import keeps_no_optimizer, unset_initial_epoch
-from keras_tl.internals.optimizers import steps_of
+from keras_tl.internals.optimizers import steps_in_update, steps_of
 from keras_tl.memory import memory_report
 from keras_tl.messages import say
 from keras_tl.optimizers.groups import learning_rate_of
@@ -21,7 +21,6 @@ from keras_tl.stages.deciding import Decisions
 from keras_tl.stages.interpolating import (
     check_statistics,
     interpolate_from_start,
-    validated,
     why_not_interpolated,
 )
 from keras_tl.stages.kept_run import KeptRun, folder_of_trial
@@ -174,6 +173,7 @@ class Run:
         reason = self.state.progress.switch_reason
         if reason is not None:
             self._switch(epoch, reason)
+        self._staged.lower_rate(self.stage, self._epochs_left(epoch))
         if self.stage == 0 and epoch == (self._callback.params or {}).get("epochs", 0) // 2:
             self._say_what_would_converge(epoch)
         if self._waiting is not None:
@@ -181,6 +181,10 @@ class Run:
             self._waiting = None
         self._rates.epoch = epoch
         self._steps_before = steps_of(self._model.optimizer)
+
+    def _epochs_left(self, epoch: int) -> int | None:
+        epochs = (self._callback.params or {}).get("epochs")
+        return None if epochs is None else epochs - epoch
 
     def begin_step(self, batch: int) -> None:
         """Does what a step needs; a second call for the same one changes nothing."""
@@ -209,7 +213,8 @@ class Run:
         validates = "validation_data" in data if data else None
         # Counted, for of a generator nobody else knows.
         steps = steps_of(model.optimizer) - self._steps_before
-        self._decisions.least_patience = least_patience(self._warmup_steps, steps)
+        warm_up = self._warmup_steps * steps_in_update(self._staged.optimizers())
+        self._decisions.least_patience = least_patience(warm_up, steps)
         value = self._decisions.decide(
             state.progress, epoch, logs, stopped_early=stopped_early, validates=validates
         )
@@ -276,7 +281,8 @@ class Run:
 
     def _switch(self, epoch: int, reason: str) -> None:
         why = self._decisions.explained(self.state.progress, reason)
-        transition = self.state.switch(epoch, reason, data_of_fit(self._callback))
+        data, left = data_of_fit(self._callback), self._epochs_left(epoch)
+        transition = self.state.switch(epoch, reason, data, left)
         if self._optimizer_use is not None:
             self._optimizer_use.begin(self._model)
         if self.stage > self._staged.first_annealed:
@@ -286,7 +292,7 @@ class Run:
         block = transition.describe(
             f"{what} {self._staged.names}",
             why,
-            self._decisions.what_next(self.stage),
+            self._decisions.what_next(self.stage, left),
             str(memory_report(self._model, batch_size=batch_size_of_fit(self._callback))),
         )
         self._say(block)
@@ -339,10 +345,8 @@ class Run:
             warnings.warn(f"UnfreezeAtConvergence did not interpolate: {why_not}", stacklevel=5)
             return
         data = data_of_fit(self._callback)
-        before = validated(model, data, monitor)
-        interpolate_from_start(best, fraction)
-        after = None if before is None else validated(model, data, monitor)
-        effect = "" if after is None else f": {monitor} {before:.4g} -> {after:.4g}"
+        values = interpolate_from_start(model, best, fraction, data, monitor)
+        effect = "" if values is None else f": {monitor} {values[0]:.4g} -> {values[1]:.4g}"
         self._say(
             f"UnfreezeAtConvergence interpolated, {fraction:.4g} of the way from the head's best "
             f"weights to these{effect}."
@@ -399,7 +403,7 @@ class Run:
             where, others = f"in stage {progress.stage} of {stages}", "the others"
             if progress.stage >= self._staged.first_annealed:
                 rate = learning_rate_of(self._model.optimizer)
-                where, others = f"at learning rate {rate:.4g}", "lower ones"
+                where, others = f"at learning rate {rate:.4g}", "more of each"
             self._say(
                 f"UnfreezeAtConvergence: training ended {where}. Pass more `epochs` to `fit` for "
                 f"{others}."

@@ -16,9 +16,19 @@ from keras_tl.backbone.lora import is_lora
 from keras_tl.backbone.model_backbones import BackboneOf, Backbones
 from keras_tl.backbone.scales import is_scales
 from keras_tl.backbone.selecting import is_built
-from keras_tl.internals.optimizers import optimizer_weights, steps_of, without_loss_scale
+from keras_tl.internals.optimizers import (
+    has_settable_rate,
+    optimizer_weights,
+    steps_of,
+    without_loss_scale,
+)
 from keras_tl.optimizers import GroupOptimizer
-from keras_tl.optimizers.groups import group_optimizer, groups_of, learning_rate_of
+from keras_tl.optimizers.groups import (
+    group_optimizer,
+    groups_of,
+    learning_rate_of,
+    newest_group,
+)
 from keras_tl.optimizers.learning_rates import LayerwiseLearningRates, LearningRate
 from keras_tl.stages import annealing, switching
 from keras_tl.stages.best_weights import BestWeights
@@ -244,6 +254,22 @@ class StagedModel:
             elif best is not None:
                 best.restore_stage()
             self._switch_to(number, same_step=lower)
+
+    def lower_rate(self, number: int, epochs_left: int | None) -> None:
+        """Lowers the rate of a stage that tries one, if `fit` ends soon.
+
+        Args:
+            number: Int. The stage.
+            epochs_left: Int or None. How many epochs `fit` still has, if that is known.
+        """
+        if epochs_left is None or number < self.first_annealed:
+            return
+        first = self._rates_from(self.first_annealed)[0]
+        optimizer = newest_group(self._model.optimizer)
+        highest = annealing.highest_rate(first, epochs_left)
+        # What another callback has lowered stays as it is.
+        if has_settable_rate(optimizer) and learning_rate_of(optimizer) > highest:
+            optimizer.learning_rate = highest
 
     def enter_directly(self, number: int) -> None:
         """Goes to a stage through those before it, wherever the model is, or changes nothing."""

@@ -88,13 +88,16 @@ class TrainingState:
 
     # The switch.
 
-    def switch(self, epoch: int, reason: str, data: Mapping[str, Any]) -> Transition:
+    def switch(
+        self, epoch: int, reason: str, data: Mapping[str, Any], epochs_left: int | None = None
+    ) -> Transition:
         """Goes to the next stage, or raises and changes nothing.
 
         Args:
             epoch: Int. The first epoch of the new stage.
             reason: String. Why the old one has ended.
             data: What `fit` trains and validates with, by argument.
+            epochs_left: Int or None. How many epochs `fit` still has, if that is known.
 
         Returns:
             The `Transition`, which is noted too.
@@ -103,15 +106,20 @@ class TrainingState:
         # Flags and optimizer are others after the switch: what they were is read before it.
         before = list(self._model.trainable_weights)
         rate = learning_rate_of(self._model.optimizer)
-        self._staged.enter(self.progress.stage + 1, self.progress.best)
+        epoch_restored, value = self.progress.best_of_stage()
+        stage = self.progress.stage + 1
+        self._staged.enter(stage, self.progress.best)
+        self._staged.lower_rate(stage, epochs_left)
         self.renewed_optimizer = self._model.optimizer
         # Right after the switch: a warm-up lowers the rates, which are no longer the stage's then.
         self._rates.begin(rates_set(self._model))
         transition = self._record(epoch, reason, before, rate)
         self.progress.transitions.append(transition)
         self.begin_stage(transition.stage)
-        self._carry_best_over(before)
-        self.calibration = self._calibrate(before, data)
+        offset = self._carry_best_over(before)
+        self.calibration = None
+        if epoch_restored is not None and value is not None:
+            self.calibration = self._calibrate(before, data, epoch_restored, value + offset)
         self._keep_start()
         if self._warmup_steps:
             self.warm_up = WarmUp(self._staged.optimizers(), self._warmup_steps)
@@ -138,10 +146,13 @@ class TrainingState:
             unfrozen_early=backbones.names_of(freezing.without(before, self._trained)),
         )
 
-    def _carry_best_over(self, before: list[keras.Variable]) -> None:
-        """Makes the best value comparable: regularizers count for weights that train only."""
+    def _carry_best_over(self, before: list[keras.Variable]) -> float:
+        """Makes the best value comparable: regularizers count for weights that train only.
+
+        Returns what the same weights' value differs by in the new stage.
+        """
         if self.progress.best is None:
-            return
+            return 0.0
         offset = 0.0
         if self._decisions.monitored.name in ("loss", "val_loss"):
             # Of the weights as they are now, also where the best of the run has others: so values
@@ -150,18 +161,27 @@ class TrainingState:
             offset += switching.regularization_loss(freezing.without(after, before))
             offset -= switching.regularization_loss(freezing.without(before, after))
         # All processes must choose the same best weights, and rounding may differ between them.
-        self.progress.best.begin_stage(self._changeable, float(of_chief(offset)))
+        offset = float(of_chief(offset))
+        self.progress.best.begin_stage(self._changeable, offset)
+        return offset
 
     def _calibrate(
-        self, trained: list[keras.Variable], data: Mapping[str, Any]
+        self, trained: list[keras.Variable], data: Mapping[str, Any], epoch: int, value: float
     ) -> Calibration | None:
-        """Calibrates the head before rates are tried, where the validation loss judges them."""
+        """Calibrates the head before rates are tried, where the validation loss judges them.
+
+        Args:
+            trained: List of the weights that the head's stage has trained.
+            data: What `fit` trains and validates with, by argument.
+            epoch: Int. The epoch of which the model has the weights.
+            value: Float. What `fit` has measured of them.
+        """
         best, tries = self.progress.best, self.progress.stage == self._staged.first_annealed
         if not tries or best is None or self._decisions.monitored.name != "val_loss":
             return None
-        done = calibrate(self._model, data, trained)
-        if done is not None and best.epoch is not None:
-            best.update(best.epoch, done.after, self._changeable, best_of_stage=False)
+        done = calibrate(self._model, data, trained, measured=value)
+        if done is not None:
+            best.update(epoch, done.after, self._changeable, best_of_stage=False)
         return done
 
     def _keep_start(self) -> None:

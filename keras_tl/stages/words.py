@@ -40,7 +40,13 @@ def what_it_waits_for(monitor: str, waited: int, patience: int) -> str:
 
 
 def what_next(
-    monitor: str, patience: int | None, epochs: int | None, *, last: bool, lower: bool = False
+    monitor: str,
+    patience: int | None,
+    epochs: int | None,
+    *,
+    last: bool,
+    lower: bool = False,
+    falls: int | None = None,
 ) -> str:
     """Returns what will end a fine-tuning stage, and what comes then.
 
@@ -50,6 +56,7 @@ def what_next(
         epochs: Int or None. How many epochs it has at most.
         last: Bool. Whether it is the last stage.
         lower: Bool. Whether the next stage is the same at a lower learning rate.
+        falls: Int or None. In how many epochs, all that `fit` has left, the learning rate falls.
     """
     ends = []
     if patience is not None:
@@ -59,7 +66,8 @@ def what_next(
     if not ends:
         return "fine-tuning to the last epoch"
     then = "the end" if last else "a third of the rate" if lower else "the next stage"
-    return f"fine-tuning {' and '.join(ends)}, then {then}"
+    falling = "" if falls is None else f"; it falls to the end of fit, in {_epochs(falls)}"
+    return f"fine-tuning {' and '.join(ends)}, then {then}{falling}"
 
 
 def why_still_frozen(

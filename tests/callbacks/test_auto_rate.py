@@ -8,7 +8,7 @@ import pytest
 
 from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, fine_tune
 from keras_tl.internals.values import on_host
-from keras_tl.stages import switching
+from keras_tl.stages import annealing, switching
 from keras_tl.stages.annealing import warmup_steps
 from tests import models
 from tests.shared import Recorder, Scripted, forget_compiled, regression_data, values_of
@@ -18,6 +18,12 @@ RATES = [1e-3, 3e-4, 1e-4, 3e-5, 1e-5]
 # The head, 1e-3, which hurts, 3e-4 and 1e-4, which help, and 3e-5 and 1e-5, which do not.
 SCORES = [5, 5, 7, 6, 6, 4, 4, 3, 3, 3, 3, 3, 3]
 STAGES = [0, 0, 1, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5]
+
+
+@pytest.fixture(autouse=True)
+def rates_that_do_not_fall(monkeypatch):
+    """These runs end soon, and are of the rates that are tried before that."""
+    monkeypatch.setattr(annealing, "FALLING_EPOCHS", 1)
 
 
 def build(optimizer=None):

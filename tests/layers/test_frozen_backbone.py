@@ -10,6 +10,7 @@ from tests import models
 from tests.shared import Recorder, as_bytes, regression_data, values_of
 
 pytestmark = pytest.mark.covers("part: FrozenBackbone")
+X, Y = regression_data()
 
 
 class Probe(keras.layers.Layer):
@@ -142,6 +143,65 @@ def test_statistics_are_constant_in_a_backbone_that_insists_on_training_mode():
     assert as_bytes(models.statistics(wrapper)) == before
 
 
+class OwnStatistics(keras.layers.BatchNormalization):
+    """Moves its statistics whatever its flag is, as those of some libraries do."""
+
+    def call(self, inputs, training=None, mask=None):
+        if training:
+            mean = keras.ops.mean(inputs, axis=0)
+            self.moving_mean.assign(0.9 * self.moving_mean + 0.1 * mean)
+        return super().call(inputs, training=False, mask=mask)
+
+
+class Doubled(keras.layers.BatchNormalization):
+    """Has a `call` of its own, and leaves the statistics to Keras."""
+
+    def call(self, inputs, training=None, mask=None):
+        return 2 * super().call(inputs, training=training, mask=mask)
+
+
+def on_layer(layer, inference_mode, subclassed):
+    base = keras.Sequential([keras.Input((models.FEATURES,)), keras.layers.Dropout(0.5), layer])
+    wrapper = FrozenBackbone(base, inference_mode=inference_mode)
+    if not subclassed:
+        return keras.Sequential([keras.Input((models.FEATURES,)), wrapper, keras.layers.Dense(1)])
+
+    class Outer(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.wrapper, self.top = wrapper, keras.layers.Dense(1)
+
+        def call(self, x):
+            return self.top(self.wrapper(x))
+
+    return Outer()
+
+
+@pytest.mark.eager
+@pytest.mark.parametrize("subclassed", [False, True])
+def test_statistics_that_a_layer_moves_itself_are_an_error(subclassed):
+    with pytest.raises(ValueError, match=r"constant.*: .*own_statistics.*/moving_mean"):
+        on_layer(OwnStatistics(), "batchnorm", subclassed)(X)
+    on_layer(OwnStatistics(), "always", subclassed)(X)
+
+
+@pytest.mark.eager
+@pytest.mark.parametrize("subclassed", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "inference_mode"), [(Doubled, "batchnorm"), (OwnStatistics, "always")]
+)
+def test_layers_with_a_call_of_their_own_are_constant(kind, inference_mode, subclassed):
+    layer = kind()
+    model = on_layer(layer, inference_mode, subclassed)
+    model(X)
+    (wrapper,) = (one for one in model.layers if isinstance(one, FrozenBackbone))
+    wrapper.unfreeze(train_batchnorm=True)
+    model.compile("sgd", "mse")
+    before = as_bytes([layer.moving_mean, layer.moving_variance])
+    model.fit(X, Y, verbose=0)
+    assert as_bytes([layer.moving_mean, layer.moving_variance]) == before
+
+
 @pytest.mark.parametrize(
     ("inference_mode", "unfreeze", "expected"),
     [
@@ -159,6 +219,7 @@ def test_the_rest_follows_training_only_in_batchnorm_mode_once_unfrozen(
     wrapper = FrozenBackbone(base, inference_mode=inference_mode)
     if unfreeze:
         wrapper.unfreeze()
+    wrapper(regression_data()[0])  # The first call asks more than once.
     probe.seen.clear()
     wrapper(regression_data()[0], training=True)
     assert probe.seen == [expected]

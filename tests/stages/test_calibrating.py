@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from keras_tl import FreezeGuard, FrozenBackbone, UnfreezeAtConvergence, fine_tune
 from keras_tl.internals.values import on_host
@@ -116,7 +117,7 @@ def test_to_look_changes_nothing(monkeypatch):
     runs = []
     for looks in (True, False):
         if not looks:
-            monkeypatch.setattr(training_state, "calibrate", lambda *_: None)
+            monkeypatch.setattr(training_state, "calibrate", lambda *_, **__: None)
         model = build(sureness=3.0)
         runs.append((switched(model, warmup_steps=0)[1], values_of(model)))
     assert runs[0] == runs[1]
@@ -150,12 +151,12 @@ def test_a_run_that_is_resumed_after_it_ends_with_the_same_weights(tmp_path):
 
 
 def test_what_fails_in_it_is_warned_of_and_the_run_goes_on(monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         last = model.get_layer("last")
         last.kernel.assign(last.kernel / 2)
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(calibrating, "scale_temperature", fails)
+    monkeypatch.setattr(calibrating, "scaled", fails)
     model = build()
     with pytest.warns(UserWarning, match="did not calibrate the head: RuntimeError: out of memory"):
         kernel, history, _ = switched(model)
@@ -182,3 +183,130 @@ def test_of_predictions_for_each_word_nothing_is_scaled():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.SGD(0.0), loss)
     assert calibrating._layer_to_scale(model, model.trainable_weights) is None
+
+
+def ordered(right_first):
+    """Validation data that begins with the samples that the head gets right, or wrong."""
+    order = np.argsort((X.argmax(1) != Y) == right_first, kind="stable")
+    return X[order], Y[order]
+
+
+def endless(x, y):
+    """A data set without an end that does not say so."""
+    return tf.data.Dataset.from_tensor_slices((x, y)).batch(20).repeat().filter(lambda *_: True)
+
+
+DATA = {
+    "arrays": lambda x, y: (x, y),
+    "a data set": lambda x, y: tf.data.Dataset.from_tensor_slices((x, y)).batch(20),
+    "one without an end": endless,
+}
+
+
+@pytest.mark.parametrize("data", DATA)
+@pytest.mark.parametrize("right_first", [True, False])
+def test_the_loss_is_of_the_steps_that_fit_validates_on(data, right_first, capsys):
+    model = build()
+    held_out = DATA[data](*ordered(right_first))
+    callback = UnfreezeAtConvergence("auto", max_frozen_epochs=1, interpolate=0.5)
+    run = {"validation_steps": 1, "validation_batch_size": 20, "epochs": 3, "verbose": 0}
+    history = model.fit(X, Y, validation_data=held_out, callbacks=callback, **run).history
+    x, y = (part[:20] for part in ordered(right_first))
+    said = capsys.readouterr().out
+    loss = model.evaluate(x, y, verbose=0)[0]
+    assert said.splitlines()[-1].endswith(f" -> {loss:.4g}.")
+    assert ("calibrates" in said) != right_first
+    if not right_first:
+        assert f"val_loss {history['val_loss'][0]:.4g} ->" in said
+        assert loss < history["val_loss"][0] / 2
+
+
+class Sizes(keras.layers.Layer):
+    """Notes how many samples are in the batches that are computed."""
+
+    def __init__(self, seen):
+        super().__init__()
+        self.seen = seen
+
+    def call(self, x):
+        self.seen(x.shape[0])
+        return x
+
+
+@pytest.mark.parametrize("run", [{"batch_size": 6}, {"batch_size": 6, "validation_batch_size": 4}])
+@pytest.mark.parametrize("trains", [keras.Model.fit, fine_tune])
+def test_batches_are_as_large_as_those_of_fit(run, trains):
+    if trains is fine_tune and len(run) > 1:
+        pytest.skip("`fine_tune` has one size for all batches")
+    model, seen = build(), []
+    sizes = Sizes(seen.append)
+    model = keras.Sequential([keras.Input((models.FEATURES,)), sizes, *model.layers])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(0.0), loss, run_eagerly=True)
+    seen.clear()
+    unfreezing = {"max_frozen_epochs": 1, "interpolate": 0.5}
+    settings = {**RUN, **run}
+    if trains is fine_tune:
+        fine_tune(model, X, Y, record=False, **unfreezing, **settings)
+    else:
+        callback = UnfreezeAtConvergence(verbose=0, **unfreezing)
+        model.fit(X, Y, callbacks=callback, **settings)
+    assert abs(on_host(model.get_layer("last").kernel)).max() < 8
+    assert set(seen) <= {None, *run.values()}
+
+
+def test_is_noted_of_the_epoch_whose_weights_are_calibrated():
+    """With a `min_delta`, the stage's best epoch, which is restored, is not the best of all."""
+    model = build(optimizer=keras.optimizers.SGD(1e-2))
+    callback = UnfreezeAtConvergence("auto", max_frozen_epochs=3, min_delta=50.0, verbose=0)
+    at = AtSwitch()
+    run = {**RUN, "epochs": 4}
+    found = []
+
+    class AfterSwitch(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            best = callback._running.state.progress.best
+            if epoch == 3:
+                found.append((best.epoch, best.value, callback._running.state.calibration))
+
+    history = model.fit(X, Y, callbacks=[callback, at, AfterSwitch()], **run).history
+    assert history["val_loss"][2] < history["val_loss"][0]
+    ((epoch, value, done),) = found
+    assert done.before == pytest.approx(history["val_loss"][0], rel=1e-5)
+    assert (epoch, value) == (0, done.after)
+
+
+def test_nothing_is_calibrated_where_validation_measures_another_loss():
+    model = build()
+
+    class Other(keras.utils.PyDataset):
+        """Each time it is read, it has other labels."""
+
+        reads = 0
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            Other.reads += 1
+            return X, np.roll(Y, Other.reads)
+
+    run = {**RUN, "validation_data": Other()}
+    callback = UnfreezeAtConvergence("auto", max_frozen_epochs=1, verbose=0)
+    at = AtSwitch()
+    model.fit(X, Y, callbacks=[callback, at], **run)
+    np.testing.assert_array_equal(at.kernel, 8 * np.eye(models.FEATURES, 3))
+
+
+def test_what_fails_while_interpolating_is_warned_of(monkeypatch):
+    def fails(*_, **__):
+        raise RuntimeError("out of memory")
+
+    model = build()
+    callback = UnfreezeAtConvergence("auto", max_frozen_epochs=1, interpolate=0.5, verbose=0)
+    ends = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda epoch, _: monkeypatch.setattr(model, "evaluate", fails) if epoch else 0
+    )
+    with pytest.warns(UserWarning, match="did not measure .* RuntimeError: out of memory"):
+        history = model.fit(X, Y, callbacks=[callback, ends], **{**RUN, "epochs": 2}).history
+    assert len(history["loss"]) == 2

@@ -1,0 +1,139 @@
+"""A learning rate that finds itself falls to nothing in the last epochs of `fit`."""
+
+import keras
+import numpy as np
+import pytest
+
+from keras_tl import FrozenBackbone, Stage, UnfreezeAtConvergence, fine_tune
+from keras_tl.stages.annealing import FALLING_EPOCHS
+from tests import models
+from tests.shared import Scripted, forget_compiled, regression_data, values_of
+
+pytestmark = pytest.mark.eager
+X, Y = regression_data()
+EPOCHS = 8
+# In stage 0 two epochs, at 1e-3 four, of which the first helps, and the rest at a third of it.
+SCORES = [5, 5, 4, 4, 4, 4, 3, 3]
+STAGES = [0, 0, 1, 1, 1, 1, 2, 2]
+RATES = [1e-3 * left / FALLING_EPOCHS for left in range(EPOCHS, 0, -1)]
+
+
+def build(optimizer=None):
+    forget_compiled()
+    keras.utils.set_random_seed(0)
+    model = models.functional_outer(FrozenBackbone(models.functional(["dense"])), [])
+    model.compile(optimizer or keras.optimizers.Adam(0.01), "mse")
+    return model
+
+
+def callback_of(learning_rate="auto", **arguments):
+    settings = {"monitor": "score", "mode": "min", "patience": 1, "fine_tune_patience": 3}
+    settings |= {"warmup_steps": 0, "verbose": 0} | arguments
+    given = {} if "stages" in arguments else {"learning_rate": learning_rate}
+    return UnfreezeAtConvergence(**given, **settings)
+
+
+def fit(model, callback, *others, scores=SCORES, epochs=EPOCHS):
+    callbacks = [Scripted("score", scores), callback, *others]
+    settings = {"batch_size": 8, "epochs": epochs, "shuffle": False, "verbose": 0}
+    return model.fit(X, Y, callbacks=callbacks, **settings).history
+
+
+def test_the_rate_is_at_most_what_leaves_time_to_fall():
+    callback = callback_of()
+    history = fit(build(), callback)
+    assert history["stage"] == STAGES
+    assert history["learning_rate"][:2] == pytest.approx([0.01, 0.01])
+    # A third of the first rate is lower only at first.
+    expected = [
+        min(rate, 3e-4) if stage == 2 else rate for rate, stage in zip(RATES, STAGES, strict=True)
+    ]
+    assert history["learning_rate"][2:] == pytest.approx(expected[2:])
+    assert callback.transitions[0].learning_rate_after == pytest.approx(RATES[2])
+
+
+def test_a_run_with_time_enough_has_its_rates():
+    history = fit(
+        build(), callback_of(fine_tune_patience=1), epochs=FALLING_EPOCHS + 20, scores=[5] * 40
+    )
+    rates = sorted(set(np.float32(history["learning_rate"][2:]).tolist()), reverse=True)
+    assert rates == pytest.approx([1e-3, 3e-4, 1e-4, 3e-5, 1e-5])
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"learning_rate": 1e-3}, {"stages": [Stage("all", 1e-3)]}], ids=["rate", "stages"]
+)
+def test_a_rate_that_is_given_stays(arguments):
+    history = fit(build(), callback_of(**arguments))
+    assert history["learning_rate"][2:5] == pytest.approx([1e-3] * 3)
+
+
+def test_only_stages_that_look_for_a_rate_fall():
+    stages = [Stage(1, 2e-3, epochs=2), Stage("all", "auto")]
+    history = fit(build(), callback_of(stages=stages))
+    assert history["stage"][:5] == [0, 0, 1, 1, 2]
+    assert history["learning_rate"][2:] == pytest.approx([2e-3, 2e-3, *RATES[4:]])
+
+
+def test_what_another_callback_lowers_stays_lower():
+    halves = keras.callbacks.LearningRateScheduler(lambda epoch, rate: rate / 2 if epoch else rate)
+    history = fit(build(), callback_of(), halves)
+    rates = history["learning_rate"]
+    expected = RATES[2] / 2
+    for epoch in range(2, 6):
+        assert rates[epoch] == pytest.approx(expected)
+        expected = min(expected, RATES[epoch + 1]) / 2
+
+
+def test_the_warm_up_goes_on_to_the_rate_of_each_epoch():
+    seen = []
+    looks = keras.callbacks.LambdaCallback(
+        on_train_batch_begin=lambda *_, **__: seen.append(float(model.optimizer.learning_rate))
+    )
+    model = build()
+    steps = len(X) // 8
+    fit(model, callback_of(warmup_steps=2 * steps), looks)
+    done = np.arange(2 * steps) / (2 * steps)
+    expected = done * np.repeat(RATES[2:4], steps)
+    if keras.backend.backend() != "jax":  # Where it would have to read the model first.
+        assert seen[2 * steps : 4 * steps] == pytest.approx(expected, abs=1e-9)
+    assert float(model.optimizer.learning_rate) == pytest.approx(RATES[-1])
+
+
+@pytest.mark.parametrize("record", [True, False])
+def test_fine_tune_does_as_fit_does(record):
+    model, other = build(), build()
+    history = fit(model, callback_of())
+    settings = {"monitor": "score", "mode": "min", "patience": 1, "fine_tune_patience": 3}
+    found = fine_tune(
+        *(other, X, Y),
+        batch_size=8,
+        epochs=EPOCHS,
+        shuffle=False,
+        verbose=0,
+        record=record,
+        learning_rate="auto",
+        warmup_steps=0,
+        callbacks=Scripted("score", SCORES),
+        **settings,
+    ).history
+    assert found["learning_rate"] == pytest.approx(history["learning_rate"])
+
+
+def test_a_resumed_run_has_the_same_rates(tmp_path):
+    whole = build()
+    expected = fit(whole, callback_of())["learning_rate"]
+    stops = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: epoch == 4 and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(build(), callback_of(backup_dir=tmp_path), stops)
+    resumed = build()
+    history = fit(resumed, callback_of(backup_dir=tmp_path))
+    assert history["learning_rate"] == expected[4:]
+    assert values_of(resumed) == values_of(whole)
+
+
+def test_is_said(capsys):
+    fit(build(), callback_of(verbose=1))
+    said = capsys.readouterr().out
+    assert f"learning rate  0.01 -> {RATES[2]:.4g}\n" in said
+    assert "then a third of the rate; it falls to the end of fit, in 6 epochs\n" in said
