@@ -39,9 +39,9 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
     stop training before this one: an `EarlyStopping` before it that stops training in stage 0
     counts as convergence, and starts over in stage 1. A stop by any other callback ends training.
 
-    A schedule that is given for a stage, also to the head, starts at that stage's switch; one that
-    the model was compiled with continues. A callback that sets learning rates of its own undoes
-    those of the switch, and is warned of.
+    A schedule that is given for a stage, also to the head, starts at that stage's switch. One that
+    the model was compiled with lasts until the switch; in a parameter group that goes on, it goes
+    on. A callback that sets learning rates of its own undoes those of the switch, and is warned of.
 
     Without a `FrozenBackbone`, pass `backbone`; that of a KerasHub task is found. A plain backbone
     that is wholly trainable when `fit` starts is frozen first. Its BatchNormalization layers are

@@ -94,6 +94,23 @@ def warmup_steps(given: int | None, finds_rate: bool) -> int:
     return WARMUP_STEPS if finds_rate else 0
 
 
+def shorter_warm_up(warmup_steps: int, updates_left: int) -> int:
+    """Returns the steps of warm-up of a rate that is tried, if `fit` ends soon.
+
+    A fifth of what is left at most: else a short run would end in its warm-up.
+
+    Args:
+        warmup_steps: Int. The steps of the warm-up where there is time enough.
+        updates_left: Int. How many updates `fit` still has.
+
+    Example:
+
+    >>> shorter_warm_up(30, 1000), shorter_warm_up(30, 35)
+    (30, 7)
+    """
+    return min(warmup_steps, max(1, updates_left // 5))
+
+
 def least_patience(warmup_steps: int, steps: int) -> int:
     """Returns for how many epochs without improvement each of the first rates is tried at least.
 

@@ -15,7 +15,7 @@ from keras_tl.memory import memory_report
 from keras_tl.messages import say
 from keras_tl.optimizers.groups import learning_rate_of
 from keras_tl.stages import early_stops, observers, tensorboard
-from keras_tl.stages.annealing import least_patience, warmup_steps
+from keras_tl.stages.annealing import least_patience, shorter_warm_up, warmup_steps
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.deciding import Decisions
 from keras_tl.stages.interpolating import (
@@ -213,8 +213,9 @@ class Run:
         validates = "validation_data" in data if data else None
         # Counted, for of a generator nobody else knows.
         steps = steps_of(model.optimizer) - self._steps_before
-        warm_up = self._warmup_steps * steps_in_update(self._staged.optimizers())
-        self._decisions.least_patience = least_patience(warm_up, steps)
+        accumulated = steps_in_update(self._staged.optimizers())
+        state.updates = steps // accumulated
+        self._decisions.least_patience = least_patience(self._warmup_steps * accumulated, steps)
         value = self._decisions.decide(
             state.progress, epoch, logs, stopped_early=stopped_early, validates=validates
         )
@@ -282,7 +283,10 @@ class Run:
     def _switch(self, epoch: int, reason: str) -> None:
         why = self._decisions.explained(self.state.progress, reason)
         data, left = data_of_fit(self._callback), self._epochs_left(epoch)
-        transition = self.state.switch(epoch, reason, data, left)
+        warm_up = self._warmup_steps
+        if self._callback.warmup_steps is None and left is not None and warm_up:
+            warm_up = shorter_warm_up(warm_up, left * self.state.updates)
+        transition = self.state.switch(epoch, reason, data, epochs_left=left, warmup_steps=warm_up)
         if self._optimizer_use is not None:
             self._optimizer_use.begin(self._model)
         if self.stage > self._staged.first_annealed:

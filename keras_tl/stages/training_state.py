@@ -18,7 +18,7 @@ from keras_tl.stages import switching
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.calibrating import Calibration, calibrate
 from keras_tl.stages.deciding import Decisions
-from keras_tl.stages.progress import Progress, read
+from keras_tl.stages.progress import Progress, read, read_count
 from keras_tl.stages.rate_watch import RateWatch, rates_set
 from keras_tl.stages.staged_model import StagedModel
 from keras_tl.stages.transition import Transition
@@ -41,6 +41,7 @@ class TrainingState:
         warm_up: The `WarmUp` of the last switch, or None once it is over.
         renewed_optimizer: The optimizer that the last switch has made, or None.
         calibration: The `Calibration` of the last switch, or None.
+        updates: Int. How many updates of the weights the last epoch had.
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class TrainingState:
         self.warm_up: WarmUp | None = None
         self.renewed_optimizer: keras.Optimizer | None = None
         self.calibration: Calibration | None = None
+        self.updates = 0
         self._model = model
         self._staged = staged
         self._decisions = decisions
@@ -89,7 +91,13 @@ class TrainingState:
     # The switch.
 
     def switch(
-        self, epoch: int, reason: str, data: Mapping[str, Any], epochs_left: int | None = None
+        self,
+        epoch: int,
+        reason: str,
+        data: Mapping[str, Any],
+        *,
+        epochs_left: int | None,
+        warmup_steps: int,
     ) -> Transition:
         """Goes to the next stage, or raises and changes nothing.
 
@@ -98,6 +106,7 @@ class TrainingState:
             reason: String. Why the old one has ended.
             data: What `fit` trains and validates with, by argument.
             epochs_left: Int or None. How many epochs `fit` still has, if that is known.
+            warmup_steps: Int. Steps of warm-up.
 
         Returns:
             The `Transition`, which is noted too.
@@ -121,8 +130,8 @@ class TrainingState:
         if epoch_restored is not None and value is not None:
             self.calibration = self._calibrate(before, data, epoch_restored, value + offset)
         self._keep_start()
-        if self._warmup_steps:
-            self.warm_up = WarmUp(self._staged.optimizers(), self._warmup_steps)
+        if warmup_steps:
+            self.warm_up = WarmUp(self._staged.optimizers(), warmup_steps)
         return transition
 
     def _record(
@@ -199,7 +208,11 @@ class TrainingState:
     def to_data(self) -> tuple[dict[str, Any], dict[str, list[np.ndarray]]]:
         """Returns what JSON can hold, and arrays, besides the values of model and optimizer."""
         state, arrays = self.progress.to_data(variables_of(self._model))
-        state["warm_up"] = None if self.warm_up is None else self.warm_up.get_state()
+        if self.warm_up is None:
+            state["warm_up"] = None
+        else:
+            state["warm_up"], state["warmup_steps"] = self.warm_up.get_state(), self.warm_up.steps
+        state["updates"] = self.updates
         state["schedule_starts"] = switching.schedule_starts(self._model)
         return state, arrays
 
@@ -225,6 +238,8 @@ class TrainingState:
             progress.judge.set_state(progress.judge_state)
         self.progress = progress
         self.warm_up = warm_up
+        # Not in a snapshot of version 0.2.
+        self.updates = read_count(snapshot.state, "updates") if "updates" in snapshot.state else 0
         self._note_weights()
         self._rates.begin(rates)
         self._rates.follow_schedules(self._model)
@@ -258,11 +273,15 @@ class TrainingState:
         rates = read(state, "warm_up", dict, type(None))
         if rates is None:
             return None
+        # Of version 0.2, the number is always that of the callback.
+        steps = read(state, "warmup_steps", int) if "warmup_steps" in state else self._warmup_steps
         optimizers = self._staged.optimizers()
         known = {str(index) for index in range(len(optimizers) if self._warmup_steps else 0)}
         for index in rates:
             if index not in known or read(rates, index, float) <= 0:
                 raise ValueError("its 'warm_up' is not that of such a run.")
-        warm_up = WarmUp(optimizers, self._warmup_steps)
+        if not 0 < steps <= self._warmup_steps:
+            raise ValueError(f"its 'warmup_steps' is {steps}.")
+        warm_up = WarmUp(optimizers, steps)
         warm_up.set_state(rates)
         return warm_up

@@ -28,11 +28,14 @@ class WarmUp:
         optimizers: List of `keras.optimizers.Optimizer`, each with a number for a learning rate.
             Those that have made updates already are left alone.
         steps: Int. How many steps the warm-up takes.
+
+    Attributes:
+        steps: Int. How many steps it takes.
     """
 
     def __init__(self, optimizers: Sequence[keras.Optimizer], steps: int):
         self._optimizers = optimizers
-        self._steps = steps
+        self.steps = steps
         self._rising = [
             index for index, one in enumerate(optimizers) if one.built and _updates(one) == 0
         ]
@@ -42,7 +45,7 @@ class WarmUp:
         self.pause()
         for index in [*self._rising]:
             optimizer = self._optimizers[index]
-            done = _updates(optimizer) / self._steps
+            done = _updates(optimizer) / self.steps
             if done >= 1.0:
                 self._rising.remove(index)
                 continue

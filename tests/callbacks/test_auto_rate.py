@@ -237,6 +237,7 @@ def test_fine_tune_takes_it():
         epochs=4,
         max_frozen_epochs=1,
         learning_rate="auto",
+        warmup_steps=30,
         verbose=0,
         callbacks=[keras.callbacks.LambdaCallback(on_train_batch_end=note)],
     ).history

@@ -87,16 +87,17 @@ def test_what_another_callback_lowers_stays_lower():
 
 def test_the_warm_up_goes_on_to_the_rate_of_each_epoch():
     seen = []
-    looks = keras.callbacks.LambdaCallback(
-        on_train_batch_begin=lambda *_, **__: seen.append(float(model.optimizer.learning_rate))
-    )
-    model = build()
-    steps = len(X) // 8
-    fit(model, callback_of(warmup_steps=2 * steps), looks)
+
+    class Looks(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            # On JAX, to read the model gives it the values that `fit` has.
+            seen.append(float(self.model.optimizer.learning_rate))
+
+    model, steps = build(), len(X) // 8
+    fit(model, callback_of(warmup_steps=2 * steps), Looks())
     done = np.arange(2 * steps) / (2 * steps)
     expected = done * np.repeat(RATES[2:4], steps)
-    if keras.backend.backend() != "jax":  # Where it would have to read the model first.
-        assert seen[2 * steps : 4 * steps] == pytest.approx(expected, abs=1e-9)
+    assert seen[2 * steps : 4 * steps] == pytest.approx(expected, abs=1e-9)
     assert float(model.optimizer.learning_rate) == pytest.approx(RATES[-1])
 
 
@@ -120,16 +121,33 @@ def test_fine_tune_does_as_fit_does(record):
     assert found["learning_rate"] == pytest.approx(history["learning_rate"])
 
 
-def test_a_resumed_run_has_the_same_rates(tmp_path):
+@pytest.mark.parametrize("stop", [2, 3, 4])
+def test_a_resumed_run_has_the_same_rates(stop, tmp_path):
+    """At the switch, in the warm-up that it begins, and after it."""
+    warm_up = {"warmup_steps": None}
     whole = build()
-    expected = fit(whole, callback_of())["learning_rate"]
-    stops = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: epoch == 4 and 1 / 0)
+    expected = fit(whole, callback_of(**warm_up))["learning_rate"]
+    stops = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: epoch == stop and 1 / 0)
+    callbacks = [callback_of(backup_dir=tmp_path, **warm_up) for _ in range(2)]
     with pytest.raises(ZeroDivisionError):
-        fit(build(), callback_of(backup_dir=tmp_path), stops)
+        fit(build(), stops, callbacks[0])
     resumed = build()
-    history = fit(resumed, callback_of(backup_dir=tmp_path))
-    assert history["learning_rate"] == expected[4:]
+    history = fit(resumed, callbacks[1])
+    assert history["learning_rate"] == expected[stop:]
     assert values_of(resumed) == values_of(whole)
+
+
+@pytest.mark.parametrize("given", [None, 9])
+def test_the_warm_up_takes_a_fifth_of_what_is_left_at_most(given):
+    callback = callback_of(warmup_steps=given)
+    warm_ups = []
+    looks = keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, _: warm_ups.append(callback._running.state.warm_up)
+    )
+    fit(build(), callback, looks)
+    assert warm_ups[:2] == [None, None]
+    left = (EPOCHS - 2) * len(X) // 8
+    assert warm_ups[2].steps == (given or left // 5)
 
 
 def test_is_said(capsys):

@@ -115,7 +115,10 @@ WAYS = {
     "keras_tl, 1e-5": (ours, (1e-5,)),
     "keras_tl, interpolate=0.5": (functools.partial(ours, interpolate=0.5), (None,)),
     "keras_tl, one frozen epoch": (functools.partial(ours, max_frozen_epochs=1), (None,)),
-    'keras_tl, layers="scales"': (functools.partial(ours, layers="scales"), (None,)),
+    'keras_tl, layers="scales"': (
+        functools.partial(ours, layers="scales", train_batchnorm=True),
+        (None,),
+    ),
     "keras_tl, cosine decay": (cosine, None),
     "everything, FrozenBackbone": (functools.partial(everything, wrapped=True), None),
     "everything, plain": (everything, None),
