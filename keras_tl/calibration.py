@@ -87,7 +87,8 @@ def scale_temperature(
     - Guo et al., 2017, "On Calibration of Modern Neural Networks"
     """
     check_model(model, "scale_temperature")
-    temperature = scaled(model, x, y, sample_weight, batch_size=batch_size, steps=steps)
+    data = prepared(model, x, y, sample_weight, batch_size=batch_size, training=False)
+    temperature = scaled(model, *data, batch_size=batch_size, steps=steps)
     if temperature is not None:
         return temperature
     warnings.warn(
@@ -110,14 +111,16 @@ def scaled(
 ) -> float | None:
     """Does as `scale_temperature`, and returns None in place of warning.
 
-    The arguments are those of `scale_temperature`.
+    The arguments are those of `scale_temperature`, but for data that is prepared already.
     """
     layer, loss = layer_and_loss(model)
-    data = prepared(model, x, y, sample_weight, batch_size=batch_size, training=False)
-    dataset, _, close = batches_of(*data, batch_size, steps)
+    dataset, _, close = batches_of(x, y, sample_weight, batch_size, steps)
+    found, first = [], None
     try:
         with without_activation(model, layer):
-            found = [_Batch.of(*one) for one in predictions(model, dataset)]
+            for batch, outputs in predictions(model, dataset):
+                first = batch if first is None else first  # All inputs may not fit in memory.
+                found.append(_Batch.of(batch, outputs))
     finally:
         close()
     logits = np.concatenate([one.logits for one in found]).astype("float64")
@@ -135,49 +138,57 @@ def scaled(
     if min(map(loss_at, ends)) <= loss_at(exponent):
         return None
     temperature = math.exp(exponent)
-    _divide(model, layer, temperature, found[0])
+    _divide(model, layer, temperature, first)
     return temperature
 
 
 class _Batch(NamedTuple):
-    """A batch of held-out data, and what the last layer makes of it."""
+    """The targets of a batch of held-out data, and what the last layer makes of it."""
 
-    x: Any
     targets: np.ndarray
     weights: np.ndarray | None
     logits: np.ndarray
 
     @classmethod
     def of(cls, batch: Any, outputs: Any) -> _Batch:
-        x, y, weights = keras.utils.unpack_x_y_sample_weight(batch)
+        _, y, weights = keras.utils.unpack_x_y_sample_weight(batch)
         targets, *more = keras.tree.flatten(y)
         if more:
             raise ValueError(f"A model with one output has one target. Received {1 + len(more)}.")
         weight = None if weights is None else np.asarray(keras.tree.flatten(weights)[0])
-        return cls(x, np.asarray(targets), weight, np.asarray(keras.tree.flatten(outputs)[0]))
+        return cls(np.asarray(targets), weight, np.asarray(keras.tree.flatten(outputs)[0]))
 
 
-def _divide(
-    model: keras.Model, layer: keras.layers.Dense, temperature: float, batch: _Batch
-) -> None:
+def _divide(model: keras.Model, layer: keras.layers.Dense, temperature: float, batch: Any) -> None:
     """Divides a layer's logits, and checks on a batch that this is what it does."""
-    before = [on_host(weight) for weight in layer.weights]
-    for weight in layer.weights:
-        # LoRA adds the product of two matrices.
-        if weight is not getattr(layer, "lora_kernel_a", None):
-            weight.assign(weight / temperature)
+    # LoRA adds the product of two matrices.
+    second = getattr(layer, "lora_kernel_a", None)
+    weights = [weight for weight in layer.weights if weight is not second]
+    before = [on_host(weight) for weight in weights]
+    expected = _logits(model, layer, batch)
+    # By two, which rounds nothing.
+    _assign(weights, before, 2.0)
+    now = 2.0 * _logits(model, layer, batch)
+    _assign(weights, before, 1.0)
+    same = np.allclose(now, expected, rtol=0, atol=1e-3 * abs(expected).max())
+    # What is random at all tells nothing here.
+    if not same and np.array_equal(_logits(model, layer, batch), expected):
+        raise ValueError(
+            f"To scale the weights of {layer.name!r} changes more than how sure the model "
+            f'"{model.name}" is, as where a layer is called twice. The model is as it was.'
+        )
+    _assign(weights, before, temperature)
+
+
+def _assign(weights: list[keras.Variable], values: list[np.ndarray], divisor: float) -> None:
+    for weight, value in zip(weights, values, strict=True):
+        weight.assign(value / divisor)
+
+
+def _logits(model: keras.Model, layer: keras.layers.Dense, batch: Any) -> np.ndarray:
     with without_activation(model, layer):
-        ((_, outputs),) = predictions(model, [(batch.x,)])
-    now, expected = np.asarray(keras.tree.flatten(outputs)[0]), batch.logits / temperature
-    # In half precision a product has three digits.
-    if np.allclose(now, expected, rtol=0, atol=1e-2 * abs(expected).max()):
-        return
-    for weight, value in zip(layer.weights, before, strict=True):
-        weight.assign(value)
-    raise ValueError(
-        f"To scale the weights of {layer.name!r} changes more than how sure the model "
-        f'"{model.name}" is, as where a layer is called twice. The model is as it was.'
-    )
+        ((_, outputs),) = predictions(model, [batch])
+    return np.asarray(keras.tree.flatten(outputs)[0]).astype("float64")
 
 
 def layer_and_loss(model: keras.Model) -> tuple[keras.layers.Dense, Callable[..., Any]]:

@@ -6,6 +6,7 @@ import pytest
 import tensorflow as tf
 
 from keras_tl import FrozenBackbone, scale_temperature
+from keras_tl.internals.values import on_host
 from tests import models
 from tests.shared import values_of
 
@@ -140,6 +141,35 @@ def test_a_layer_with_lora_predicts_the_same_classes():
     after = np.log(model.predict(x, verbose=0))
     differences = [(each - each[:, :1]) for each in (before, after)]
     np.testing.assert_allclose(differences[1], differences[0] / temperature, atol=1e-4)
+
+
+class AlwaysRandom(keras.layers.Dropout):
+    """A dropout that is active in inference too, as for Monte Carlo estimates."""
+
+    def call(self, x, training=None):
+        return super().call(x, training=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "mixed_bfloat16"])
+@pytest.mark.parametrize("random", [False, True])
+def test_rounding_and_randomness_are_no_error(dtype, random):
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(64, 200))
+    inputs = keras.Input((200,))
+    features = keras.layers.Dense(200, "relu", dtype=dtype)(inputs)
+    features = AlwaysRandom(0.1, seed=0, dtype=dtype)(features) if random else features
+    outputs = keras.layers.Dense(2, name="last", dtype=dtype)(features)
+    model = keras.Model(inputs, outputs)
+    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    kernel = model.get_layer("last").kernel
+    kernel.assign(5 * kernel)
+    before = on_host(kernel)
+    right = model.predict(x, verbose=0).argmax(axis=1)
+    y = np.where(generator.random(64) < 0.2, 1 - right, right)
+    temperature = scale_temperature(model, x, y, batch_size=1)
+    assert 1 < temperature < 50
+    after = on_host(model.get_layer("last").kernel)
+    np.testing.assert_allclose(after, before / temperature, rtol=1e-6)
 
 
 def called_twice():

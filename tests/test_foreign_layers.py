@@ -13,6 +13,7 @@ from keras_tl import (
     FrozenWeightsChangedError,
     UnfreezeAtConvergence,
 )
+from keras_tl.internals import unlisted_state as module
 from keras_tl.internals.unlisted_state import unlisted_state
 from tests.shared import Recorder, Scripted
 
@@ -331,3 +332,17 @@ def test_lists_and_dictionaries_of_a_layer_are_looked_into():
 
     found = unlisted_state(Holds())
     assert sorted(float(one.numpy()) for one in found) == [1.0, 2.0, 3.0]
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="the variables are TensorFlow's")
+def test_a_vocabulary_is_not_gone_through(monkeypatch):
+    class Holds(keras.Layer):
+        def __init__(self):
+            super().__init__()
+            self.vocabulary = {f"word {number}": number for number in range(1000)}
+            self.words = list(self.vocabulary)
+
+    layer, seen, look = Holds(), [], module._held_by
+    monkeypatch.setattr(module, "_held_by", lambda one: seen.append(one) or look(one))
+    assert unlisted_state(layer) == []
+    assert len(seen) < 100

@@ -43,14 +43,21 @@ _SIZES = ("batch_size", "validation_batch_size", "validation_steps")
 def data_of_fit(callback: keras.callbacks.Callback) -> dict[str, Any]:
     """Returns what the running `fit` trains and validates with, by argument; nothing without one.
 
-    What it does not have is left out. With the data are the sizes by which it is validated on.
+    What it does not have is left out. With the data are the sizes by which it is validated on, and
+    whether it is `prepared`, by the model's own `fit` if that does so.
 
     Keras passes a callback no more than the number of steps; `fit` itself is found on the stack. Of
     an overridden `fit` without these arguments, nothing is seen. Joint fits, which are one to the
     callbacks, start in a method of their list, which has the arguments.
     """
     running = _arguments_of_fit(callback)
-    return {name: running[name] for name in _DATA + _SIZES if running.get(name) is not None}
+    found = {name: running[name] for name in _DATA + _SIZES if running.get(name) is not None}
+    if not any(name in found for name in _DATA):
+        return {}
+    # The list that starts joint fits has them as the user gave them, and Keras' `fit` gets them
+    # from a model's own.
+    as_given = isinstance(running["self"], keras.callbacks.CallbackList)
+    return {**found, "prepared": not as_given}
 
 
 def batch_size_of_fit(callback: keras.callbacks.Callback) -> int | None:

@@ -78,10 +78,11 @@ def _held_by(one: Any) -> list[Any]:
     import tensorflow as tf
 
     # TensorFlow refuses to look into those that were changed other than by appending.
-    if isinstance(one, (list, tuple)):
-        return list(one)
-    if isinstance(one, dict):
-        return list(one.values())
+    if isinstance(one, (list, tuple, dict)):
+        values = list(one.values()) if isinstance(one, dict) else list(one)
+        # A vocabulary may have very many words.
+        of_data = values and isinstance(values[0], (str, bytes, int, float))
+        return [] if of_data else values
     if not isinstance(one, tf.__internal__.tracking.Trackable):
         return []
     held = list(tf.train.TrackableView.children(one).values())

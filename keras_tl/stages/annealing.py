@@ -32,8 +32,7 @@ FACTORS = (1.0, 0.3, 0.1, 0.03, 0.01)
 WARMUP_STEPS = 30
 # Lower ones are best in their first epochs, or not at all, so the usual patience will do.
 PATIENT_RATES = 2
-# Epochs at the end of `fit` in which the rate falls to nothing. Of twice as many, runs of 20 epochs
-# ended at 0.862 in place of 0.880, and without at 0.848 (digits; `tests/benchmarks`).
+# Epochs at the end of `fit` in which the rate falls to nothing.
 FALLING_EPOCHS = 20
 _USUAL_RATE = 1e-3
 
@@ -129,19 +128,22 @@ def least_patience(warmup_steps: int, steps: int) -> int:
     return math.ceil(2 * warmup_steps / steps) if steps else 0
 
 
-def highest_rate(first: float, epochs_left: int) -> float:
-    """Returns the rate that leaves time to fall to nothing by the end of `fit`.
+def highest_rate(first: float, epochs_left: int, of: int) -> float:
+    """Returns the rate that falls from the highest to nothing in the last epochs of `fit`.
 
     Args:
         first: Float. The highest of the rates that are tried.
         epochs_left: Int. How many epochs there are, this one included.
+        of: Int. How many there were when the first rate was.
 
     Example:
 
-    >>> [highest_rate(1e-3, epochs) for epochs in (40, 20, 10, 1)]
+    >>> [highest_rate(1e-3, epochs, of=50) for epochs in (40, 20, 10, 1)]
     [0.002, 0.001, 0.0005, 5e-05]
+    >>> [highest_rate(1e-3, epochs, of=4) for epochs in (4, 3, 2, 1)]
+    [0.001, 0.00075, 0.0005, 0.00025]
     """
-    return first * epochs_left / FALLING_EPOCHS
+    return first * epochs_left / min(FALLING_EPOCHS, of)
 
 
 def brings_nothing(progress: Progress, first: int) -> bool:

@@ -10,6 +10,7 @@ import keras
 
 from keras_tl.backbone.freezing import without
 from keras_tl.calibration import layer_and_loss, scaled
+from keras_tl.features.preparation import prepared
 from keras_tl.internals.graphs import graph_outputs
 from keras_tl.internals.optimizers import without_loss_scale
 from keras_tl.internals.processes import process_count
@@ -96,7 +97,7 @@ def _calibrated(
     if before is None or not same_value(before, measured):
         return None
     try:
-        temperature = scaled(model, **held_out)
+        temperature = scaled(model, **_prepared(model, data, held_out))
     except ValueError:
         return None  # As of data of which it is not known what `fit` makes of it.
     after = validated(model, data, "val_loss")
@@ -104,6 +105,17 @@ def _calibrated(
         return None
     gains = after < (1 - _LEAST_GAIN) * before
     return Calibration(layer.name, temperature, before, after) if gains else None
+
+
+def _prepared(
+    model: keras.Model, data: Mapping[str, Any], held_out: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns what a model is validated on, as its own `fit` hands it on."""
+    if data["prepared"]:
+        return {**held_out}
+    x, y, sample_weight = (held_out.get(name) for name in ("x", "y", "sample_weight"))
+    found = prepared(model, x, y, sample_weight, batch_size=held_out["batch_size"], training=False)
+    return {**held_out, **dict(zip(("x", "y", "sample_weight"), found, strict=True))}
 
 
 def _layer_to_scale(

@@ -8,7 +8,7 @@ from typing import Any
 
 import keras
 
-from keras_tl.stages.annealing import FALLING_EPOCHS, PATIENT_RATES, brings_nothing, only_hurts
+from keras_tl.stages.annealing import PATIENT_RATES, brings_nothing, only_hurts
 from keras_tl.stages.convergence import ConvergenceMonitor, min_delta_to_converge
 from keras_tl.stages.monitored_value import MonitoredValue
 from keras_tl.stages.progress import Progress
@@ -170,17 +170,17 @@ class Decisions:
             return None
         return what_it_waits_for(self.monitored.name, progress.judge.wait, patience)
 
-    def what_next(self, stage: int, epochs_left: int | None = None) -> str:
-        """Returns for the user what will end a stage, and what comes then."""
-        tries = self._first_annealed <= stage
-        falls = tries and epochs_left is not None and epochs_left < FALLING_EPOCHS
-        return what_next(
-            self.monitored.name,
-            *self.limits(stage),
-            last=self._is_last(stage),
-            lower=tries and not self._is_last(stage),
-            falls=epochs_left if falls else None,
-        )
+    def what_next(self, stage: int, *, falls: int | None = None) -> str:
+        """Returns for the user what will end a stage, and what comes then.
+
+        Args:
+            stage: Int. The stage.
+            falls: As `words.what_next` takes it.
+        """
+        last = self._is_last(stage)
+        lower = self._first_annealed <= stage and not last
+        limits = self.limits(stage)
+        return what_next(self.monitored.name, *limits, last=last, lower=lower, falls=falls)
 
     def _why_ended(self, progress: Progress, epoch: int, value: float | None) -> str | None:
         patience, epochs = self.limits(progress.stage)

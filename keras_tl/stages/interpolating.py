@@ -15,6 +15,7 @@ from keras_tl.backbone.selecting import batchnorm_layers
 from keras_tl.features.same_epochs import never_ends
 from keras_tl.internals.evaluating import evaluated
 from keras_tl.internals.layers import own_state
+from keras_tl.internals.randomness import random_state
 from keras_tl.internals.values import on_host
 from keras_tl.interpolation import between, moved_statistics
 from keras_tl.messages import some
@@ -75,11 +76,13 @@ def interpolate_from_start(
     Returns:
         The monitored value before and after, None where it cannot be told.
     """
+    restore_random_state = random_state()  # On torch, to read data draws from it.
     before = _measured(model, data, monitor)
     if best.start is not None:
         for weight, start in best.start.copies:
             weight.assign(between(start, on_host(weight), fraction))
     after = _measured(model, data, monitor) if same_value(before, best.value) else None
+    restore_random_state()
     return None if before is None or after is None else (before, after)
 
 
@@ -89,7 +92,7 @@ def _measured(model: keras.Model, data: Mapping[str, Any], monitor: str) -> floa
         return validated(model, data, monitor)
     except Exception as error:  # noqa: BLE001  Whatever it is, the user's weights are whole.
         warnings.warn(
-            "UnfreezeAtConvergence did not measure what interpolating changes: "
+            "UnfreezeAtConvergence interpolated, and could not measure what that changes: "
             f"{type(error).__name__}: {error}",
             stacklevel=2,
         )
@@ -125,7 +128,8 @@ def validated(model: keras.Model, data: Mapping[str, Any], monitor: str) -> floa
     held_out = held_out_data(data)
     if held_out is None or not monitor.startswith("val_"):
         return None
-    value = evaluated(model, **held_out).get(monitor.removeprefix("val_"))
+    found = evaluated(model, prepared=data["prepared"], **held_out)
+    value = found.get(monitor.removeprefix("val_"))
     return None if value is None else float(value)
 
 

@@ -109,7 +109,7 @@ class Run:
             warmup_steps=self._warmup_steps,
             keeps_start=callback.interpolate is not None,
         )
-        self.state.finish_warm_up()  # Of a fit that was interrupted.
+        self.state.finish_rates()  # Of a fit that was interrupted.
         if last is not None:
             self.state.renewed_optimizer = last.state.renewed_optimizer
         self._steps_before = 0
@@ -173,7 +173,7 @@ class Run:
         reason = self.state.progress.switch_reason
         if reason is not None:
             self._switch(epoch, reason)
-        self._staged.lower_rate(self.stage, self._epochs_left(epoch))
+        self.state.lower_rate(self.stage, epoch, self._epochs_left(epoch))
         if self.stage == 0 and epoch == (self._callback.params or {}).get("epochs", 0) // 2:
             self._say_what_would_converge(epoch)
         if self._waiting is not None:
@@ -214,7 +214,7 @@ class Run:
         # Counted, for of a generator nobody else knows.
         steps = steps_of(model.optimizer) - self._steps_before
         accumulated = steps_in_update(self._staged.optimizers())
-        state.updates = steps // accumulated
+        state.updates = steps / accumulated if steps else None
         self._decisions.least_patience = least_patience(self._warmup_steps * accumulated, steps)
         value = self._decisions.decide(
             state.progress, epoch, logs, stopped_early=stopped_early, validates=validates
@@ -240,7 +240,7 @@ class Run:
         """Restores the best weights of the run, and says how it ended."""
         unset_initial_epoch(self._model)
         observers.remove(self._callback)
-        self.state.finish_warm_up()
+        self.state.finish_rates()
         self._say_end()
         self._restore_best()
         if self._kept is not None and self._callback.delete_checkpoint:
@@ -284,8 +284,9 @@ class Run:
         why = self._decisions.explained(self.state.progress, reason)
         data, left = data_of_fit(self._callback), self._epochs_left(epoch)
         warm_up = self._warmup_steps
-        if self._callback.warmup_steps is None and left is not None and warm_up:
-            warm_up = shorter_warm_up(warm_up, left * self.state.updates)
+        updates = self.state.updates
+        if self._callback.warmup_steps is None and left and updates and warm_up:
+            warm_up = shorter_warm_up(warm_up, int(left * updates))
         transition = self.state.switch(epoch, reason, data, epochs_left=left, warmup_steps=warm_up)
         if self._optimizer_use is not None:
             self._optimizer_use.begin(self._model)
@@ -296,7 +297,7 @@ class Run:
         block = transition.describe(
             f"{what} {self._staged.names}",
             why,
-            self._decisions.what_next(self.stage, left),
+            self._decisions.what_next(self.stage, falls=self.state.falls),
             str(memory_report(self._model, batch_size=batch_size_of_fit(self._callback))),
         )
         self._say(block)
@@ -407,7 +408,7 @@ class Run:
             where, others = f"in stage {progress.stage} of {stages}", "the others"
             if progress.stage >= self._staged.first_annealed:
                 rate = learning_rate_of(self._model.optimizer)
-                where, others = f"at learning rate {rate:.4g}", "more of each"
+                where, others = f"at learning rate {rate:.4g}", "lower ones"
             self._say(
                 f"UnfreezeAtConvergence: training ended {where}. Pass more `epochs` to `fit` for "
                 f"{others}."

@@ -30,7 +30,7 @@ from keras_tl.optimizers.groups import (
     newest_group,
 )
 from keras_tl.optimizers.learning_rates import LayerwiseLearningRates, LearningRate
-from keras_tl.stages import annealing, switching
+from keras_tl.stages import annealing, falling, switching
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.stage import DEFAULT_RATE, Stage
 
@@ -255,21 +255,23 @@ class StagedModel:
                 best.restore_stage()
             self._switch_to(number, same_step=lower)
 
-    def lower_rate(self, number: int, epochs_left: int | None) -> None:
-        """Lowers the rate of a stage that tries one, if `fit` ends soon.
+    def lower_rate(self, epochs_left: int, of: int) -> int | None:
+        """Lowers a rate that is tried, if `fit` ends soon.
 
         Args:
-            number: Int. The stage.
-            epochs_left: Int or None. How many epochs `fit` still has, if that is known.
+            epochs_left: Int. How many epochs `fit` still has.
+            of: Int. How many there were when the first rate was tried.
+
+        Returns:
+            `epochs_left` if the rate falls from now on, else None.
         """
-        if epochs_left is None or number < self.first_annealed:
-            return
         first = self._rates_from(self.first_annealed)[0]
         optimizer = newest_group(self._model.optimizer)
-        highest = annealing.highest_rate(first, epochs_left)
-        # What another callback has lowered stays as it is.
-        if has_settable_rate(optimizer) and learning_rate_of(optimizer) > highest:
-            optimizer.learning_rate = highest
+        if not has_settable_rate(optimizer):
+            return None
+        falling.fall(optimizer, annealing.highest_rate(first, epochs_left, of))
+        next_highest = annealing.highest_rate(first, epochs_left - 1, of)
+        return epochs_left if learning_rate_of(optimizer) > next_highest else None
 
     def enter_directly(self, number: int) -> None:
         """Goes to a stage through those before it, wherever the model is, or changes nothing."""

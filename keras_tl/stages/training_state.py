@@ -13,12 +13,13 @@ from keras_tl.backbone.changeable import changeable_weights
 from keras_tl.backbone.selecting import variables_of
 from keras_tl.backup.run_backup import RunSnapshot
 from keras_tl.internals.processes import of_chief
-from keras_tl.optimizers.groups import learning_rate_of
+from keras_tl.optimizers.groups import learning_rate_of, newest_group
 from keras_tl.stages import switching
 from keras_tl.stages.best_weights import BestWeights
 from keras_tl.stages.calibrating import Calibration, calibrate
 from keras_tl.stages.deciding import Decisions
-from keras_tl.stages.progress import Progress, read, read_count
+from keras_tl.stages.falling import has_fallen, rate_before, rise
+from keras_tl.stages.progress import Progress, read
 from keras_tl.stages.rate_watch import RateWatch, rates_set
 from keras_tl.stages.staged_model import StagedModel
 from keras_tl.stages.transition import Transition
@@ -41,7 +42,8 @@ class TrainingState:
         warm_up: The `WarmUp` of the last switch, or None once it is over.
         renewed_optimizer: The optimizer that the last switch has made, or None.
         calibration: The `Calibration` of the last switch, or None.
-        updates: Int. How many updates of the weights the last epoch had.
+        updates: Float or None. How many updates of the weights the last epoch had, if known.
+        falls: Int or None. In how many epochs, all that are left, the rate falls, if it does.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class TrainingState:
         self.warm_up: WarmUp | None = None
         self.renewed_optimizer: keras.Optimizer | None = None
         self.calibration: Calibration | None = None
-        self.updates = 0
+        self.updates: float | None = None
+        self.falls: int | None = None
+        self._tries_since: int | None = None  # The first epoch of a stage that tries a rate.
         self._model = model
         self._staged = staged
         self._decisions = decisions
@@ -76,10 +80,12 @@ class TrainingState:
         self._changeable = changeable_weights(self._model)
         self._trained = list(self._model.trainable_weights)
 
-    def finish_warm_up(self) -> None:
-        """Gives the model the full learning rates, if a warm-up has not come to its end."""
+    def finish_rates(self) -> None:
+        """Gives the model the rates of its stage, as a warm-up or the end of `fit` lowers them."""
         give_full_rates(self._staged.optimizers())
         self.warm_up = None
+        for optimizer in self._staged.optimizers():
+            rise(optimizer)
 
     def keep_best(self, epoch: int, value: float) -> None:
         """Copies the weights if those of this epoch are the best of the stage or of the run."""
@@ -111,14 +117,14 @@ class TrainingState:
         Returns:
             The `Transition`, which is noted too.
         """
-        self.finish_warm_up()  # Groups that go on keep the rates they have.
+        self.finish_rates()  # Groups that go on keep those they have.
         # Flags and optimizer are others after the switch: what they were is read before it.
         before = list(self._model.trainable_weights)
         rate = learning_rate_of(self._model.optimizer)
         epoch_restored, value = self.progress.best_of_stage()
         stage = self.progress.stage + 1
         self._staged.enter(stage, self.progress.best)
-        self._staged.lower_rate(stage, epochs_left)
+        self.lower_rate(stage, epoch, epochs_left)
         self.renewed_optimizer = self._model.optimizer
         # Right after the switch: a warm-up lowers the rates, which are no longer the stage's then.
         self._rates.begin(rates_set(self._model))
@@ -133,6 +139,22 @@ class TrainingState:
         if warmup_steps:
             self.warm_up = WarmUp(self._staged.optimizers(), warmup_steps)
         return transition
+
+    def lower_rate(self, stage: int, epoch: int, epochs_left: int | None) -> None:
+        """Lowers the rate of a stage that tries one, if `fit` ends soon.
+
+        Args:
+            stage: Int. The stage.
+            epoch: Int. The epoch that begins.
+            epochs_left: Int or None. How many epochs `fit` still has, if that is known.
+        """
+        self.falls = None
+        if epochs_left is None or stage < self._staged.first_annealed:
+            return
+        if self._tries_since is None:
+            self._tries_since = epoch
+        of = epochs_left + epoch - self._tries_since
+        self.falls = self._staged.lower_rate(epochs_left, of)
 
     def _record(
         self, epoch: int, reason: str, before: list[keras.Variable], rate: float
@@ -213,6 +235,7 @@ class TrainingState:
         else:
             state["warm_up"], state["warmup_steps"] = self.warm_up.get_state(), self.warm_up.steps
         state["updates"] = self.updates
+        state["rate_before_fall"] = rate_before(newest_group(self._model.optimizer))
         state["schedule_starts"] = switching.schedule_starts(self._model)
         return state, arrays
 
@@ -237,9 +260,14 @@ class TrainingState:
             progress.judge = self._decisions.new_judge(progress.stage)
             progress.judge.set_state(progress.judge_state)
         self.progress = progress
+        tries = [one for one in progress.transitions if one.stage == self._staged.first_annealed]
+        self._tries_since = tries[-1].epoch if tries else None
         self.warm_up = warm_up
-        # Not in a snapshot of version 0.2.
-        self.updates = read_count(snapshot.state, "updates") if "updates" in snapshot.state else 0
+        if "updates" in snapshot.state:  # Not in one of version 0.2.
+            self.updates = read(snapshot.state, "updates", float, type(None))
+            full = read(snapshot.state, "rate_before_fall", float, type(None))
+            if full is not None:
+                has_fallen(newest_group(self._model.optimizer), full)
         self._note_weights()
         self._rates.begin(rates)
         self._rates.follow_schedules(self._model)

@@ -15,7 +15,8 @@ EPOCHS = 8
 # In stage 0 two epochs, at 1e-3 four, of which the first helps, and the rest at a third of it.
 SCORES = [5, 5, 4, 4, 4, 4, 3, 3]
 STAGES = [0, 0, 1, 1, 1, 1, 2, 2]
-RATES = [1e-3 * left / FALLING_EPOCHS for left in range(EPOCHS, 0, -1)]
+# Six epochs are left when the first rate is tried.
+RATES = [0.01, 0.01, *(1e-3 * left / 6 for left in range(6, 0, -1))]
 
 
 def build(optimizer=None):
@@ -43,13 +44,20 @@ def test_the_rate_is_at_most_what_leaves_time_to_fall():
     callback = callback_of()
     history = fit(build(), callback)
     assert history["stage"] == STAGES
-    assert history["learning_rate"][:2] == pytest.approx([0.01, 0.01])
     # A third of the first rate is lower only at first.
     expected = [
         min(rate, 3e-4) if stage == 2 else rate for rate, stage in zip(RATES, STAGES, strict=True)
     ]
-    assert history["learning_rate"][2:] == pytest.approx(expected[2:])
+    assert history["learning_rate"] == pytest.approx(expected)
     assert callback.transitions[0].learning_rate_after == pytest.approx(RATES[2])
+
+
+def test_a_rate_that_goes_on_helping_falls_in_the_last_epochs():
+    epochs = FALLING_EPOCHS + 6
+    scores = list(range(2 * epochs, epochs, -1))
+    history = fit(build(), callback_of(max_frozen_epochs=2), epochs=epochs, scores=scores)
+    falling = [1e-3 * left / FALLING_EPOCHS for left in range(FALLING_EPOCHS, 0, -1)]
+    assert history["learning_rate"] == pytest.approx([0.01] * 2 + [1e-3] * 4 + falling)
 
 
 def test_a_run_with_time_enough_has_its_rates():
@@ -72,7 +80,8 @@ def test_only_stages_that_look_for_a_rate_fall():
     stages = [Stage(1, 2e-3, epochs=2), Stage("all", "auto")]
     history = fit(build(), callback_of(stages=stages))
     assert history["stage"][:5] == [0, 0, 1, 1, 2]
-    assert history["learning_rate"][2:] == pytest.approx([2e-3, 2e-3, *RATES[4:]])
+    falling = [1e-3 * left / 4 for left in range(4, 0, -1)]
+    assert history["learning_rate"][2:] == pytest.approx([2e-3, 2e-3, *falling])
 
 
 def test_what_another_callback_lowers_stays_lower():
@@ -98,7 +107,7 @@ def test_the_warm_up_goes_on_to_the_rate_of_each_epoch():
     done = np.arange(2 * steps) / (2 * steps)
     expected = done * np.repeat(RATES[2:4], steps)
     assert seen[2 * steps : 4 * steps] == pytest.approx(expected, abs=1e-9)
-    assert float(model.optimizer.learning_rate) == pytest.approx(RATES[-1])
+    assert float(model.optimizer.learning_rate) == pytest.approx(1e-3)  # As the stage has it.
 
 
 @pytest.mark.parametrize("record", [True, False])
@@ -135,6 +144,33 @@ def test_a_resumed_run_has_the_same_rates(stop, tmp_path):
     history = fit(resumed, callbacks[1])
     assert history["learning_rate"] == expected[stop:]
     assert values_of(resumed) == values_of(whole)
+
+
+def test_a_run_that_is_resumed_with_more_epochs_has_the_rates_of_these(tmp_path):
+    fit(build(), callback_of(backup_dir=tmp_path, delete_checkpoint=False), epochs=5)
+    history = fit(build(), callback_of(backup_dir=tmp_path))
+    # Of those six, three are left.
+    assert history["learning_rate"][0] == pytest.approx(RATES[5])
+
+
+def test_a_later_fit_goes_on_at_the_rate_of_the_stage():
+    model, callback = build(), callback_of()
+    scores = list(range(40, 0, -1))
+    fit(model, callback, epochs=6, scores=[50, 50, *scores])
+    assert float(model.optimizer.learning_rate) == pytest.approx(1e-3)
+    history = fit(model, callback, epochs=2, scores=scores)
+    assert history["stage"] == [1, 1]
+    assert history["learning_rate"] == pytest.approx([1e-3, 5e-4])
+
+
+def test_a_fit_that_was_interrupted_leaves_the_rate_of_the_stage():
+    model = build()
+    stops = keras.callbacks.LambdaCallback(on_epoch_begin=lambda epoch, _: epoch == 5 and 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        fit(model, callback_of(), stops)
+    history = fit(model, callback_of(), scores=list(range(40, 0, -1)), epochs=2)
+    assert history["stage"] == [1, 1]
+    assert history["learning_rate"] == pytest.approx([1e-3, 5e-4])
 
 
 @pytest.mark.parametrize("given", [None, 9])

@@ -202,6 +202,31 @@ def test_layers_with_a_call_of_their_own_are_constant(kind, inference_mode, subc
     assert as_bytes([layer.moving_mean, layer.moving_variance]) == before
 
 
+def test_batchnorm_mode_is_first_called_in_predict():
+    """Where the model builds its layers itself; on JAX, `predict` has the values elsewhere then."""
+
+    class Outer(keras.Model):
+        def __init__(self):
+            super().__init__()
+            base = keras.Sequential([keras.layers.Dense(3), keras.layers.BatchNormalization()])
+            self.wrapper = FrozenBackbone(base, inference_mode="batchnorm")
+            self.top = keras.layers.Dense(1)
+
+        def build(self, shape):
+            self.wrapper.build(shape)
+            self.top.build((None, 3))
+            self.built = True
+
+        def call(self, x):
+            return self.top(self.wrapper(x))
+
+    model = Outer()
+    model.build((None, models.FEATURES))
+    before = values_of(model)
+    model.predict(X, verbose=0)
+    assert values_of(model) == before
+
+
 @pytest.mark.parametrize(
     ("inference_mode", "unfreeze", "expected"),
     [

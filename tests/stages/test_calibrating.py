@@ -307,6 +307,42 @@ def test_what_fails_while_interpolating_is_warned_of(monkeypatch):
     ends = keras.callbacks.LambdaCallback(
         on_epoch_end=lambda epoch, _: monkeypatch.setattr(model, "evaluate", fails) if epoch else 0
     )
-    with pytest.warns(UserWarning, match="did not measure .* RuntimeError: out of memory"):
+    with pytest.warns(UserWarning, match="could not measure .* RuntimeError: out of memory"):
         history = model.fit(X, Y, callbacks=[callback, ends], **{**RUN, "epochs": 2}).history
     assert len(history["loss"]) == 2
+
+
+class Doubles(keras.Model):
+    """Prepares data in its own `fit`, as a task of KerasHub does."""
+
+    def preprocess_samples(self, x, y=None, sample_weight=None):
+        return keras.utils.pack_x_y_sample_weight(2 * x, y, sample_weight)
+
+    def _prepared(self, x, y):
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(20).map(self.preprocess_samples)
+
+    def fit(self, x=None, y=None, validation_data=None, batch_size=None, **settings):
+        held_out = None if validation_data is None else self._prepared(*validation_data)
+        return super().fit(self._prepared(x, y), validation_data=held_out, **settings)
+
+    def evaluate(self, x=None, y=None, batch_size=None, sample_weight=None, **settings):
+        if settings.get("_use_cached_eval_dataset"):
+            return super().evaluate(x, y, **settings)
+        return super().evaluate(self._prepared(x, y), **settings)
+
+
+@pytest.mark.parametrize("trains", [keras.Model.fit, fine_tune])
+def test_data_that_the_model_prepares_is_prepared_once(trains, capsys):
+    plain = build()
+    model = Doubles(plain.inputs, plain.outputs)
+    model.compile(keras.optimizers.SGD(0.0), plain.loss)
+    before = model.evaluate(X, Y, verbose=0)
+    unfreezing = {"learning_rate": "auto", "max_frozen_epochs": 1, "interpolate": 0.5}
+    if trains is fine_tune:
+        fine_tune(model, X, Y, **unfreezing, **RUN | {"verbose": 1})
+    else:
+        callback = UnfreezeAtConvergence(**unfreezing)
+        model.fit(X, Y, callbacks=[callback], **RUN)
+    said = capsys.readouterr().out
+    assert f"val_loss {before:.4g} -> " in said
+    assert f" -> {model.evaluate(X, Y, verbose=0):.4g}." in said
