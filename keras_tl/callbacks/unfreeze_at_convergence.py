@@ -68,12 +68,13 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
             before (down to 1e-5), from the best weights so far. So a rate that only hurts costs its
             epochs and nothing else. Each has `fine_tune_patience`; the first two as many epochs as
             twice `warmup_steps`, where those are more. Once a rate has helped, training stops after
-            two lower ones that have not. In the last 20 epochs of `fit` the rate falls to nothing,
-            so that a run of few epochs ends at a low one too. If `"val_loss"` judges, a classifier
-            whose head is too sure is calibrated before the first rate, as by `scale_temperature`,
-            where that lowers `val_loss` by a tenth or more: a model that is only less sure does not
-            pass for a better one. What it predicts as most likely stays the same. Defaults to
-            `None`: that of `optimizer`, or those of the model's own `GroupOptimizer`; else `"auto"`
+            two lower ones that have not. In the last 20 epochs of `fit`, or all that are left when
+            the first rate is tried, no rate is above a limit that falls from the first to nothing:
+            so a run of few epochs ends at low rates too. If `"val_loss"` judges, a classifier whose
+            head is too sure is calibrated before the first rate, as by `scale_temperature`, where
+            that lowers `val_loss` by a tenth or more: a model that is only less sure does not pass
+            for a better one. What it predicts as most likely stays the same. Defaults to `None`:
+            that of `optimizer`, or those of the model's own `GroupOptimizer`; else `"auto"`
             where fine-tuning is judged on validation data (`monitor` begins with `"val_"`) and
             neither `stages`, `head_learning_rate`, `fine_tune_patience=None` nor
             `restore_best_weights=False` is given; else `1e-5`.
@@ -112,7 +113,7 @@ class UnfreezeAtConvergence(keras.callbacks.Callback):
         warmup_steps: Int. Steps after a switch in which the learning rate of what is new rises
             linearly from zero to the stage's. Between epochs it is the stage's, so that this is
             what logs, files and other callbacks have of it. Defaults to `None`: 30 where a rate is
-            to be found, or else none.
+            to be found, or a fifth of what `fit` has left if that is less; else none.
         fine_tune_patience: Int or None. Epochs without improvement in the last stage after which
             training stops. None trains to the last epoch. With `learning_rate="auto"`, that many
             after which a rate is given up. Defaults to `3`.

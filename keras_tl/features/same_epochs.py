@@ -114,3 +114,14 @@ def never_ends(x: Any) -> bool:
     return inspect.isgenerator(x) or (
         isinstance(x, tf.data.Dataset) and x.cardinality() == tf.data.INFINITE_CARDINALITY
     )
+
+
+def starts_over(x: Any, steps: int | None) -> bool:
+    """Returns whether each reading of data starts at its start, and ends.
+
+    Args:
+        x: Whatever `evaluate` takes.
+        steps: Int or None. How many batches are read.
+    """
+    # A generator, or a `PyDataset` without an end, goes on where it was.
+    return not never_ends(x) or (steps is not None and isinstance(x, tf.data.Dataset))

@@ -20,6 +20,7 @@ from keras_tl.internals.imported import (
     get_data_adapter,
     train_validation_split,
 )
+from keras_tl.internals.own_fit import keras_method
 
 _DEFAULT_BATCH_SIZE = 32
 
@@ -234,7 +235,8 @@ def constants_in(data: Any) -> list[Any] | None:
 def predictions(model: keras.Model, batches: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """Yields each batch of tensors, as `fit` takes it, and what the model returns for its inputs.
 
-    As `predict` does it, which would hold the outputs of all batches. The outputs are NumPy arrays.
+    As `predict` of Keras does it, which would hold the outputs of all batches. The outputs are
+    NumPy arrays.
     """
     on_tensorflow = keras.backend.backend() == "tensorflow"
     for batch in batches:
@@ -249,7 +251,8 @@ def _predict(model: keras.Model, x: Any) -> Any:
         x = keras.tree.map_structure(_spreading(model), x)
     strategy = model.distribute_strategy if keras.backend.backend() == "tensorflow" else None
     if strategy is None or strategy.num_replicas_in_sync == 1:
-        return model.predict_on_batch(x)
+        # Which of a KerasHub task prepares what has been prepared.
+        return keras_method(model, "predict_on_batch")(x)
     count = strategy.num_replicas_in_sync
 
     def piece(context: Any) -> Any:

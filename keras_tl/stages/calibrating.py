@@ -10,6 +10,7 @@ import keras
 
 from keras_tl.backbone.freezing import without
 from keras_tl.calibration import layer_and_loss, scaled
+from keras_tl.errors import UncacheableError
 from keras_tl.features.preparation import prepared
 from keras_tl.internals.graphs import graph_outputs
 from keras_tl.internals.optimizers import without_loss_scale
@@ -97,9 +98,10 @@ def _calibrated(
     if before is None or not same_value(before, measured):
         return None
     try:
-        temperature = scaled(model, **_prepared(model, data, held_out))
-    except ValueError:
-        return None  # As of data of which it is not known what `fit` makes of it.
+        arguments = _prepared(model, data, held_out)
+    except UncacheableError:
+        return None  # It is not known what the model's own `fit` makes of it.
+    temperature = scaled(model, **arguments)
     after = validated(model, data, "val_loss")
     if after is None or temperature is None or not 1 < temperature < _MOST:
         return None

@@ -8,11 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import keras
-import tensorflow as tf
 
 from keras_tl.backbone.changeable import changeable_weights
 from keras_tl.backbone.selecting import batchnorm_layers
-from keras_tl.features.same_epochs import never_ends
+from keras_tl.features.same_epochs import starts_over
 from keras_tl.internals.evaluating import evaluated
 from keras_tl.internals.layers import own_state
 from keras_tl.internals.randomness import random_state
@@ -108,9 +107,7 @@ def held_out_data(data: Mapping[str, Any]) -> dict[str, Any] | None:
     held_out = data.get("validation_data")
     given = held_out if isinstance(held_out, (tuple, list)) else (held_out,)
     steps = data.get("validation_steps")
-    # A generator, or a `PyDataset` without an end, goes on where it was.
-    whole = not never_ends(given[0]) or (steps and isinstance(given[0], tf.data.Dataset))
-    if held_out is None or not whole:
+    if held_out is None or not starts_over(given[0], steps):
         return None
     batch_size = data.get("validation_batch_size") or data.get("batch_size")
     arguments = dict(zip(("x", "y", "sample_weight"), given, strict=False))
