@@ -112,6 +112,7 @@ def fastai(pair, train, validation, rate, epochs=20):
 WAYS = {
     "head only": (functools.partial(everything, head_only=True), (HEAD_RATE,)),
     "keras_tl": (ours, (None,)),
+    "keras_tl, 20 epochs": (functools.partial(ours, epochs=20), (None,)),
     "keras_tl, 1e-5": (ours, (1e-5,)),
     "keras_tl, interpolate=0.5": (functools.partial(ours, interpolate=0.5), (None,)),
     "keras_tl, one frozen epoch": (functools.partial(ours, max_frozen_epochs=1), (None,)),
