@@ -114,32 +114,39 @@ def scaled(
     The arguments are those of `scale_temperature`, but for data that is prepared already.
     """
     layer, loss = layer_and_loss(model)
+    activation = layer.activation
     dataset, _, close = batches_of(x, y, sample_weight, batch_size, steps)
-    found, first = [], None
-    try:
-        with without_activation(model, layer):
+    # Around all of it, for each time the model is compiled anew.
+    with without_activation(model, layer):
+        found, first = [], None
+        try:
             for batch, outputs in predictions(model, dataset):
                 first = batch if first is None else first  # All inputs may not fit in memory.
                 found.append(_Batch.of(batch, outputs))
-    finally:
-        close()
-    logits = np.concatenate([one.logits for one in found]).astype("float64")
+        finally:
+            close()
+        if not all(np.isfinite(one.logits).all() for one in found):
+            raise ValueError(f'The predictions of the model "{model.name}" are not finite.')
+        exponent = _best_exponent(found, lambda y, z, weights: loss(y, activation(z), weights))
+        if exponent is None:
+            return None
+        _divide(model, layer, math.exp(exponent), first, found[0].logits)
+    return math.exp(exponent)
+
+
+def _best_exponent(found: list[_Batch], loss: Callable[..., Any]) -> float | None:
+    """Returns the logarithm of the temperature with the lowest loss, None if none has it."""
+    logits = np.concatenate([one.logits for one in found])
     targets = np.concatenate([one.targets for one in found])
     weights = None if found[0].weights is None else np.concatenate([one.weights for one in found])
-    if not np.isfinite(logits).all():
-        raise ValueError(f'The predictions of the model "{model.name}" are not finite.')
 
     def loss_at(exponent: float) -> float:
         tensor = keras.ops.convert_to_tensor(logits / math.exp(exponent), "float32")
-        return float(keras.ops.mean(loss(targets, layer.activation(tensor), weights)))
+        return float(keras.ops.mean(loss(targets, tensor, weights)))
 
     ends = math.log(_LEAST), math.log(_MOST)
     exponent = _lowest(loss_at, *ends)
-    if min(map(loss_at, ends)) <= loss_at(exponent):
-        return None
-    temperature = math.exp(exponent)
-    _divide(model, layer, temperature, first)
-    return temperature
+    return None if min(map(loss_at, ends)) <= loss_at(exponent) else exponent
 
 
 class _Batch(NamedTuple):
@@ -156,23 +163,28 @@ class _Batch(NamedTuple):
         if more:
             raise ValueError(f"A model with one output has one target. Received {1 + len(more)}.")
         weight = None if weights is None else np.asarray(keras.tree.flatten(weights)[0])
-        return cls(np.asarray(targets), weight, np.asarray(keras.tree.flatten(outputs)[0]))
+        return cls(np.asarray(targets), weight, _logits_of(outputs))
 
 
-def _divide(model: keras.Model, layer: keras.layers.Dense, temperature: float, batch: Any) -> None:
-    """Divides a layer's logits, and checks on a batch that this is what it does."""
+def _divide(
+    model: keras.Model,
+    layer: keras.layers.Dense,
+    temperature: float,
+    batch: Any,
+    logits: np.ndarray,
+) -> None:
+    """Divides a layer's logits, and checks on a batch, of which they are, that it does so."""
     # LoRA adds the product of two matrices.
     second = getattr(layer, "lora_kernel_a", None)
     weights = [weight for weight in layer.weights if weight is not second]
     before = [on_host(weight) for weight in weights]
-    expected = _logits(model, layer, batch)
     # By two, which rounds nothing.
     _assign(weights, before, 2.0)
-    now = 2.0 * _logits(model, layer, batch)
+    now = 2.0 * _logits(model, batch)
     _assign(weights, before, 1.0)
-    same = np.allclose(now, expected, rtol=0, atol=1e-3 * abs(expected).max())
+    same = np.allclose(now, logits, rtol=0, atol=1e-3 * abs(logits).max())
     # What is random at all tells nothing here.
-    if not same and np.array_equal(_logits(model, layer, batch), expected):
+    if not same and np.array_equal(_logits(model, batch), logits):
         raise ValueError(
             f"To scale the weights of {layer.name!r} changes more than how sure the model "
             f'"{model.name}" is, as where a layer is called twice. The model is as it was.'
@@ -185,9 +197,12 @@ def _assign(weights: list[keras.Variable], values: list[np.ndarray], divisor: fl
         weight.assign(value / divisor)
 
 
-def _logits(model: keras.Model, layer: keras.layers.Dense, batch: Any) -> np.ndarray:
-    with without_activation(model, layer):
-        ((_, outputs),) = predictions(model, [batch])
+def _logits(model: keras.Model, batch: Any) -> np.ndarray:
+    ((_, outputs),) = predictions(model, [batch])
+    return _logits_of(outputs)
+
+
+def _logits_of(outputs: Any) -> np.ndarray:
     return np.asarray(keras.tree.flatten(outputs)[0]).astype("float64")
 
 
